@@ -1,0 +1,5 @@
+"""Reference recognizers in plain torch layers."""
+
+from .rnnt import RNNT, RNNT_PRESETS, RNNTConfig
+
+__all__ = ["RNNT", "RNNTConfig", "RNNT_PRESETS"]

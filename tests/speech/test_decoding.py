@@ -1,0 +1,128 @@
+"""Greedy and beam search against exhaustive scoring, chunk by chunk, batched and alone."""
+
+import itertools
+
+import pytest
+import torch
+
+from gq_triton.kernels.rnnt_loss import rnnt_loss
+from gq_triton.models import RNNT, RNNTConfig
+from gq_triton.speech.decoding import BeamDecoder, GreedyDecoder, beam, greedy
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(3)
+    config = RNNTConfig(
+        vocab_size=4,
+        features=5,
+        stack=2,
+        encoder_layers=2,
+        encoder_hidden=12,
+        predictor_embedding=6,
+        predictor_hidden=9,
+        joint=10,
+        dropout=0.5,
+    )
+    model = RNNT(config).eval()
+    with torch.no_grad():  # random weights near zero would decode every frame alike
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture
+def utterances():
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(3, 32, 5, generator=draw), torch.tensor([32, 9, 20])
+
+
+def plain_greedy(model, features, max_symbols):
+    """One utterance, one step at a time, as the definition reads."""
+    encoded, _ = model.encoder(features[None], torch.tensor([len(features)]))
+    labels, (predicted, state) = [], model.predictor(torch.zeros(1, 1, dtype=torch.long))
+    for frame in encoded[0]:
+        for _ in range(max_symbols):
+            best = int(model.joint(frame, predicted[0, 0]).argmax())
+            if best == 0:
+                break
+            labels.append(best)
+            predicted, state = model.predictor(torch.tensor([[best]]), state)
+    return labels
+
+
+@pytest.mark.parametrize("max_symbols", [1, 3])
+def test_batched_greedy_equals_the_definition(model, utterances, max_symbols):
+    features, lengths = utterances
+    with torch.no_grad():
+        expected = [plain_greedy(model, x[:n], max_symbols) for x, n in zip(features, lengths, strict=True)]
+    assert any(expected)
+    assert greedy(model, features, lengths, max_symbols=max_symbols) == expected
+
+
+@pytest.mark.parametrize("decoder", [lambda m: GreedyDecoder(m), lambda m: BeamDecoder(m, width=3)])
+@pytest.mark.parametrize("chunk", [1, 3])
+@torch.no_grad()
+def test_chunks_give_the_same_labels(model, utterances, decoder, chunk):
+    features, lengths = utterances
+    encoded, encoded_lengths = model.encoder(features, lengths)
+    search = decoder(model)
+    whole = search.results(search.advance(search.start(3), encoded, encoded_lengths))
+    state = search.start(3)
+    for start in range(0, encoded.shape[1], chunk):
+        part = encoded[:, start : start + chunk]
+        state = search.advance(state, part, (encoded_lengths - start).clamp(0, part.shape[1]))
+    assert search.results(state) == whole and any(whole)
+
+
+@torch.no_grad()
+def test_a_wide_beam_finds_the_most_probable_labels(model):
+    """With room for every label sequence of the lattice, the search is exact."""
+    features, lengths, most = torch.randn(1, 12, 5), torch.tensor([12]), 3
+    encoded, encoded_lengths = model.encoder(features, lengths)
+    frames = int(encoded_lengths)
+    decoder = BeamDecoder(model, width=4000, max_symbols=most)
+    hypotheses = decoder.advance(decoder.start(1), encoded, encoded_lengths)[0]
+    scores = {hypothesis.labels: hypothesis.score for hypothesis in hypotheses}
+    for count in range(most + 1):  # up to max_symbols labels no alignment is cut off
+        for labels in itertools.product(range(1, 4), repeat=count):
+            targets = torch.tensor([labels], dtype=torch.long).reshape(1, count)
+            lattice = model(features, lengths, targets)
+            expected = -rnnt_loss(lattice.logits, targets, lattice.lengths, torch.tensor([count]))
+            assert scores[labels] == pytest.approx(expected.item(), abs=1e-3)
+    assert frames == 3
+    assert decoder.results([hypotheses])[0] == list(max(scores, key=scores.get))
+
+
+def test_beam_is_no_worse_than_greedy(model, utterances):
+    features, lengths = utterances
+
+    def score(labels):
+        longest = max(map(len, labels))
+        targets = torch.tensor([row + [1] * (longest - len(row)) for row in labels])
+        with torch.no_grad():
+            lattice = model(features, lengths, targets)
+        sizes = torch.tensor([len(row) for row in labels])
+        return -rnnt_loss(lattice.logits, targets, lattice.lengths, sizes, reduction="none")
+
+    best, first = beam(model, features, lengths, width=8), greedy(model, features, lengths)
+    assert (score(best) >= score(first) - 1e-4).all()
+
+
+def test_decoding_leaves_the_training_mode_alone_and_ignores_dropout(model, utterances):
+    expected = greedy(model, *utterances)
+    model.train()
+    assert greedy(model, *utterances) == expected and model.training
+
+
+def test_no_frames_change_nothing(model):
+    for decoder in (GreedyDecoder(model), BeamDecoder(model)):
+        state = decoder.advance(decoder.start(2), torch.zeros(2, 0, 12), torch.tensor([0, 0]))
+        assert decoder.results(state) == [[], []]
+
+
+def test_bad_settings_are_named(model):
+    with pytest.raises(ValueError, match="width is 0"):
+        BeamDecoder(model, width=0)
+    with pytest.raises(ValueError, match="max_symbols is 0"):
+        GreedyDecoder(model, max_symbols=0)
