@@ -60,7 +60,9 @@ def _validate(logits, targets, logit_lengths, target_lengths, blank, reduction) 
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'sum', 'none'")
     if logits.ndim != 4 or not logits.is_floating_point():
-        raise ValueError(f"logits is {logits.dtype} {tuple(logits.shape)}; a floating (B, T, U + 1, V) tensor is needed")
+        raise ValueError(
+            f"logits is {logits.dtype} {tuple(logits.shape)}; a floating (B, T, U + 1, V) tensor is needed"
+        )
     batch, frames, rows, vocabulary = logits.shape
     if targets.shape != (batch, rows - 1):
         raise ValueError(f"targets is {tuple(targets.shape)}; logits {tuple(logits.shape)} need {(batch, rows - 1)}")
@@ -68,7 +70,9 @@ def _validate(logits, targets, logit_lengths, target_lengths, blank, reduction) 
         raise ValueError(f"blank is {blank}; allowed: 0..{vocabulary - 1}")
     for name, lengths in (("logit_lengths", logit_lengths), ("target_lengths", target_lengths)):
         if lengths.shape != (batch,) or lengths.is_floating_point():
-            raise ValueError(f"{name} is {lengths.dtype} {tuple(lengths.shape)}; an integer ({batch},) tensor is needed")
+            raise ValueError(
+                f"{name} is {lengths.dtype} {tuple(lengths.shape)}; an integer ({batch},) tensor is needed"
+            )
     # Values are checked where reading them costs no device synchronisation.
     _check_range("logit_lengths", logit_lengths, 1, frames)
     _check_range("target_lengths", target_lengths, 0, rows - 1)

@@ -1,0 +1,309 @@
+"""The quantizer and its packed operations as pure functions, the same on every device.
+
+Shapes: a weight has C channels along its first dimension; a scale is one per channel, ``(C,)``, or one for the tensor, ``(1,)``;
+``centroids`` are K = 2**bits sorted values in companded space. The mathematics is in the modules of `gq_triton.kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gq_triton.kernels import activations as _activations
+from gq_triton.kernels import fake_quantize as _fake_quantize
+from gq_triton.kernels import packed_embedding as _packed_embedding
+from gq_triton.kernels import packed_linear as _packed_linear
+from gq_triton.kernels import packing as _packing
+from gq_triton.kernels import tables as _tables
+
+__all__ = [
+    "codebook",
+    "decode",
+    "encode",
+    "fake_quantize",
+    "pack",
+    "packed_embedding",
+    "packed_linear",
+    "quantize_activations",
+    "unpack",
+]
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fake_quantize(
+    weight: Tensor,
+    scale: Tensor,
+    centroids: Tensor,
+    *,
+    mu: float | Tensor,
+    hardness: float | Tensor,
+    forward: str = "hard",
+    codebook_dtype: str | None = None,
+    straight_through: float = 0.0,
+) -> Tensor:
+    """General Quantizer (arXiv 2210.09188, section 2): replace each weight by a mixture of centroids, or by the nearest one.
+
+    Args:
+        weight: ``(C, ...)``, float32, bfloat16, float16 or float64; float64 is computed in float64, all else in float32.
+        scale: ``(C,)`` or ``(1,)``, >= 0; a channel of scale 0 gives zeros.
+        centroids: ``(K,)``, sorted, within [-1, 1], K = 2, 4, .., 256.
+        mu: companding, >= 0 (0 is uniform); a number or a tensor of one element, which may require a gradient.
+        hardness: a of ``softmax(-a |y - z| / D)``, finite and > 0; a number or a tensor of one element.
+        forward: ``"hard"`` computes the nearest centroid and differentiates the mixture, ``"soft"`` computes the mixture.
+        codebook_dtype: dtype to which the codebook is snapped: ``"float"`` or None (not at all), ``"int8"``, ``"fp8"`` (e4m3).
+        straight_through: share of the identity, 0 to 1, in the gradient of the weight.
+
+    Returns:
+        The quantized weight, contiguous, in the weight's shape and dtype. Hard values are ``float32(scale) * float32(c)``, then
+        cast. A weight that is not finite gives NaN at its place. Gradients reach weight, scale, centroids and mu; a weight beyond
+        the outer centroids receives the derivative of the border.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape or option; on the CPU also on a negative scale or unsorted centroids.
+    """
+    _check_quantizer(weight, scale, centroids, mu)
+    _check_option("forward", forward, ("hard", "soft"))
+    _check_option("codebook_dtype", codebook_dtype, (None, "float", "int8", "fp8"))
+    if not 0 <= straight_through <= 1:
+        raise ValueError(f"straight_through must lie in [0, 1], got {straight_through}")
+    work = _work_dtype(weight)
+    mu, hardness = _scalar("mu", mu, weight.device), _scalar("hardness", hardness, weight.device)
+    table = _tables.build_table(centroids, mu, hardness, codebook_dtype, work)
+    arguments = forward == "soft", float(straight_through), table.requires_grad
+    return _fake_quantize.fake_quantize(weight, scale.to(work), table, *arguments)
+
+
+def encode(weight: Tensor, scale: Tensor, centroids: Tensor, *, mu: float | Tensor) -> Tensor:
+    """Codes (uint8, shape of ``weight``) of the nearest centroids: those of `fake_quantize`, arguments as there.
+
+    Raises:
+        TypeError, ValueError: as `fake_quantize`; ValueError where a weight is not finite.
+    """
+    _check_quantizer(weight, scale, centroids, mu)
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"weight must be finite to be encoded, but {bad} of its {weight.numel()} entries are not")
+    work = _work_dtype(weight)
+    borders = _tables.thresholds(centroids, _scalar("mu", mu, weight.device)).to(work)
+    return _fake_quantize.encode(weight, scale.to(work), borders)
+
+
+def codebook(centroids: Tensor, *, mu: float | Tensor, dtype: str | None = None) -> Tensor:
+    """Deployed codebook values (K,) float32 of ``centroids`` (K,), snapped to ``dtype`` (None, "float", "int8" or "fp8")."""
+    _check_centroids(centroids)
+    _check_option("dtype", dtype, (None, "float", "int8", "fp8"))
+    return _tables.codebook(centroids, _scalar("mu", mu, centroids.device), dtype).float()
+
+
+def decode(codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """``scale[c] * codebook[code]``, float32, one product: ``codes`` (C, ...) uint8, ``scale`` (C,) or (1,), ``codebook`` (K,).
+
+    Equals the hard `fake_quantize` of the encoded weight bit for bit.
+    """
+    _check_dtype("codes", codes, torch.uint8)
+    _check_scale(scale, codes, "codes")
+    column = scale.float().reshape(-1, *[1] * (codes.dim() - 1))
+    units = _values(codebook).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+    return column * units + 0.0  # -0 becomes +0, as in fake_quantize
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack ``codes`` (any shape, uint8, below 2**bits) into bit planes, 1-D uint8; layout in `gq_triton.kernels.packing`."""
+    _check_bits(bits)
+    _check_dtype("codes", codes, torch.uint8)
+    return _packing.pack(codes, bits)
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The codes (uint8, ``shape``) of a tensor made by `pack`."""
+    _check_packed(packed, bits, math.prod(shape))
+    return _packing.unpack(packed, bits, tuple(shape))
+
+
+def quantize_activations(x: Tensor, dtype: str) -> Tensor:
+    """Fake-quantize ``x`` (..., features) to ``dtype`` ("int8" or "fp8") with one dynamic scale per token, max|x| / 127 or / 448.
+
+    The gradient passes straight through. A token that is not finite becomes NaN.
+    """
+    _check_option("dtype", dtype, tuple(_activations.LIMITS))
+    _check_dtype("x", x, *_FLOATS)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension")
+    return _activations.quantize_activations(x, dtype)
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    in_features: int,
+    out_features: int | None = None,
+    activations: str | None = None,
+    epilogue: str | None = None,
+) -> Tensor:
+    """``epilogue(x @ (scale[:, None] * codebook[codes]).T + bias)`` without ever forming the float weight.
+
+    Args:
+        x: ``(..., in_features)``, float32, bfloat16 or float16; sums are taken in float32.
+        packed: uint8, the packed codes of the ``(out_features, in_features)`` weight.
+        codebook: ``(2**bits,)`` float32 values, or as deployed: int8 (value q / 127) or float8_e4m3fn (value q / 256).
+        scale: ``(out_features,)`` or ``(1,)`` float32.
+        bias: ``(out_features,)`` or None.
+        bits: width of a code, 1 to 8.
+        in_features: columns of the weight.
+        out_features: rows of the weight; may be left out where ``scale`` or ``bias`` has one entry per row.
+        activations: None, ``"int8"`` or ``"fp8"``: how `quantize_activations` treats ``x`` first.
+        epilogue: None, ``"relu"``, ``"silu"`` or ``"gelu"``.
+
+    Returns:
+        ``(..., out_features)`` in the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, a shape that does not fit, or an unknown option.
+    """
+    _check_dtype("x", x, torch.float32, torch.bfloat16, torch.float16)
+    _check_option("activations", activations, (None, *_activations.LIMITS))
+    _check_option("epilogue", epilogue, (None, "relu", "silu", "gelu"))
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have in_features = {in_features} as its last dimension, got shape {tuple(x.shape)}")
+    out_features = out_features or _row_count(scale, bias)
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
+    scale = _expand_scale(scale, out_features)
+    _check_packed(packed, bits, out_features * in_features)
+    values = _check_codebook(codebook, bits)
+    if activations is not None:
+        x = quantize_activations(x, activations)
+    return _packed_linear.packed_linear(x, packed, values, scale, bias, bits, epilogue or "none")
+
+
+def packed_embedding(
+    indices: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    embedding_dim: int,
+    num_embeddings: int | None = None,
+) -> Tensor:
+    """Rows ``indices`` of the packed table: ``scale[i] * codebook[codes[i]]``, ``(..., embedding_dim)`` float32.
+
+    Args:
+        indices: any shape, int32 or int64. One out of range raises IndexError on the CPU and gives NaN on a GPU.
+        packed: uint8, the packed codes of the ``(num_embeddings, embedding_dim)`` table.
+        codebook, bits: as in `packed_linear`.
+        scale: ``(num_embeddings,)`` or ``(1,)`` float32.
+        embedding_dim: entries of a row.
+        num_embeddings: rows of the table; may be left out where ``scale`` has one entry per row.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, a shape that does not fit, or an unknown option.
+    """
+    _check_dtype("indices", indices, torch.int32, torch.int64)
+    num_embeddings = num_embeddings or _row_count(scale, None)
+    scale = _expand_scale(scale, num_embeddings)
+    _check_packed(packed, bits, num_embeddings * embedding_dim)
+    values = _check_codebook(codebook, bits)
+    return _packed_embedding.packed_embedding(indices, packed, values, scale, bits, embedding_dim)
+
+
+# --- validation --------------------------------------------------------------------------------------------------------------
+
+
+def _check_option(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} must have dtype {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+
+
+def _check_quantizer(weight: Tensor, scale: Tensor, centroids: Tensor, mu: float | Tensor) -> None:
+    _check_dtype("weight", weight, *_FLOATS)
+    if weight.dim() == 0:
+        raise ValueError("weight must have at least one dimension")
+    _check_scale(scale, weight, "weight")
+    _check_centroids(centroids)
+    tensors = {"scale": scale, "centroids": centroids}
+    if isinstance(mu, Tensor):
+        tensors["mu"] = mu
+    for name, tensor in tensors.items():
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} must be on the weight's device, {weight.device}, but is on {tensor.device}")
+
+
+def _check_scale(scale: Tensor, rows: Tensor, name: str) -> None:
+    _check_dtype("scale", scale, *_FLOATS)
+    if scale.dim() != 1 or scale.numel() not in (1, rows.shape[0]):
+        allowed = f"({rows.shape[0]},), the first dimension of {name}, or (1,)"
+        raise ValueError(f"scale must have shape {allowed}, got {tuple(scale.shape)}")
+
+
+def _check_centroids(centroids: Tensor) -> None:
+    _check_dtype("centroids", centroids, *_FLOATS)
+    if centroids.dim() != 1 or centroids.numel() not in [2**bits for bits in range(1, 9)]:
+        raise ValueError(f"centroids must have shape (K,) with K a power of two, 2 to 256, got {tuple(centroids.shape)}")
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in range(1, 9):
+        raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}")
+
+
+def _check_packed(packed: Tensor, bits: int, count: int) -> None:
+    _check_bits(bits)
+    _check_dtype("packed", packed, torch.uint8)
+    expected = _packing.packed_bytes(count, bits)
+    if packed.shape != (expected,):
+        raise ValueError(f"packed must have shape ({expected},) for {count} codes of {bits} bits, got {tuple(packed.shape)}")
+
+
+def _check_codebook(codebook: Tensor, bits: int) -> Tensor:
+    values = _values(codebook)
+    if values.shape != (2**bits,):
+        raise ValueError(f"codebook must have shape ({2**bits},) for {bits} bits, got {tuple(values.shape)}")
+    return values
+
+
+def _values(codebook: Tensor) -> Tensor:
+    """A stored codebook as float32 values."""
+    _check_dtype("codebook", codebook, torch.float32, *_tables.CODEBOOK_SCALES)
+    return codebook.float() / _tables.CODEBOOK_SCALES.get(codebook.dtype, 1.0)
+
+
+def _work_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-d tensor on ``device``; a number is filled in there, so nothing waits for a copy."""
+    if not isinstance(value, Tensor):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+        return torch.full((), value, dtype=torch.float64, device=device)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    return value.reshape(())
+
+
+def _row_count(scale: Tensor, bias: Tensor | None) -> int:
+    return max(scale.numel(), 0 if bias is None else bias.numel())
+
+
+def _expand_scale(scale: Tensor, rows: int) -> Tensor:
+    _check_dtype("scale", scale, torch.float32)
+    if scale.dim() != 1 or scale.numel() not in (1, rows):
+        raise ValueError(f"scale must have shape ({rows},) or (1,), got {tuple(scale.shape)}")
+    return scale.expand(rows)

@@ -1,0 +1,45 @@
+"""The one place that knows whether triton is there.
+
+Kernels are declared with `jit` from here and launched under `launching`; without triton the package imports and runs on the CPU, and a
+tensor on a GPU is a clear error.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+__all__ = ["INTERPRETED", "cdiv", "jit", "launching", "next_power_of_2", "tl"]
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy, which has no bfloat16
+
+
+def jit(kernel: Any) -> Any:
+    """`triton.jit` where there is triton; otherwise the function as it is, never to be called."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def launching(tensor: Tensor) -> AbstractContextManager:
+    """Make the device of ``tensor`` the current one for a launch (of the interpreter, for a CPU tensor)."""
+    if triton is None:
+        raise RuntimeError(f"triton is needed to quantize tensors on {tensor.device}: pip install 'gq-triton[triton]'")
+    return torch.cuda.device_of(tensor)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n >= 1."""
+    return 1 << (n - 1).bit_length()

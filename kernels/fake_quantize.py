@@ -1,0 +1,553 @@
+"""Fake quantization of a weight: hard and soft forward, their shared backward, and encoding.
+
+Mathematics (arXiv 2210.09188; notation and tables in `gq_triton.kernels.tables`).  A weight w of channel c with scale s > 0:
+
+    x = w / s                      y = F(clamp(x, F^-1(z_0), F^-1(z_{K-1})))
+    hard = s c_code                code = how many thresholds t_i satisfy fp32(s t_i) < w
+    soft = s q,  q = A_j + J_j sigma(u),  u = k y + o_j,  j = how many inner edges lie below y
+
+Backward, of both (hard uses the derivative of soft), for an incoming gradient g and a straight-through share h in [0, 1]:
+
+    dq/dx = J_j k sigma (1 - sigma) F'(x)        m = (1 - h) dq/dx + h
+    dw = g m                                     ds = sum over the channel of g (q - [x not clamped] x m)
+
+with dq/dx taken at the clamped x: a weight beyond the outer centroids keeps the derivative of the border, or it could never return.
+The gradient of the table, summed over all weights with G = g s and d = sigma (1 - sigma), is
+
+    dA_j = sum_j G    dJ_j = sum_j G sigma    do_j = sum_j G J_j d    dk = sum G J d y    dmu = sum_{not clamped} G J k d dF/dmu
+    dz_0 = sum_{clamped to z_0} G J k d     and so for z_{K-1}
+
+Everything is computed in float32 (float64 for float64 weights).  A channel of scale 0 gives exact zeros.  A weight that is not
+finite gives NaN at its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gq_triton.kernels.backend import INTERPRETED, cdiv, jit, launching, next_power_of_2, tl
+from gq_triton.kernels.tables import Table, compress, split_table
+
+__all__ = ["encode", "fake_quantize", "reference"]
+
+BINS = 4096  # of the look-up table that finds a code's neighbourhood at once
+CHUNK = 1 << 16  # weights per step on the CPU: its temporaries stay in the second-level cache
+
+
+# --- reference ---------------------------------------------------------------------------------------------------------------
+
+
+def reference(
+    weight: Tensor,
+    scale: Tensor,
+    centroids: Tensor,
+    values: Tensor,
+    *,
+    mu: Tensor,
+    hardness: Tensor,
+    forward: str = "soft",
+    squared: bool = False,
+) -> Tensor:
+    """The definition, with one probability for every weight and centroid; differentiable by autograd, in the dtype it is given.
+
+    ``squared`` takes the squared instead of the absolute distance (an ablation; the kernels have no such form).
+    """
+    column = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    y = compress((weight / column).clamp(-1, 1), mu)
+    distance = (y.unsqueeze(-1) - centroids).abs()
+    if forward == "hard":
+        return column * values[distance.argmin(-1)]
+    spacing = (centroids[-1] - centroids[0]) / (centroids.numel() - 1)
+    relative = distance / spacing
+    probability = torch.softmax(-hardness * (relative.square() if squared else relative), dim=-1)
+    return column * (probability * values).sum(-1)
+
+
+# --- CPU ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Counter:
+    """Counts the borders below each value: one look-up, then as many comparisons as borders can share its neighbourhood."""
+
+    def __init__(self, borders: Tensor):
+        """``borders``: sorted, within [-1, 1] or infinite."""
+        self.borders = torch.cat([borders, borders.new_full((1,), torch.inf)])
+        counts = torch.bincount(_bin(borders), minlength=BINS).cumsum(0)
+        surely = torch.cat([counts.new_zeros(2), counts[:-2]])  # a margin of one bin for the rounding of weight / scale
+        possibly = torch.cat([counts[1:], counts[-1:]])
+        self.surely = surely.int()
+        self.steps = int((possibly - surely).max())
+
+    def __call__(self, x: Tensor, scale: Tensor | float, weight: Tensor) -> Tensor:
+        """How many borders b satisfy ``scale * b < weight``, int32; ``x`` is weight / scale but for rounding."""
+        count = self.surely.index_select(0, _bin(x).view(-1)).view(x.shape)
+        for _ in range(self.steps):
+            count += _take(self.borders, count).mul_(scale).lt_(weight).int()  # lt_: floats compare faster than to bool
+        return count
+
+
+def _bin(x: Tensor) -> Tensor:
+    """The bin of each x in [-1, 1], int32; clamped twice because NaN survives the first and no integer does."""
+    return x.add(1).mul_(BINS / 2).clamp_(0, BINS - 1).int().clamp_(0, BINS - 1)
+
+
+def _take(entries: Tensor, index: Tensor) -> Tensor:
+    """``entries[index]``; index_select with 32-bit indices is several times faster than indexing."""
+    return entries.index_select(0, index.view(-1)).view(index.shape)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Contiguous blocks of at most about CHUNK elements that cover (rows, columns)."""
+    height = max(1, CHUNK // columns)
+    for top in range(0, rows, height):
+        for left in range(0, columns, CHUNK):
+            yield slice(top, top + height), slice(left, left + CHUNK)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is 0 or too small to invert, so that x is 0 there and not NaN."""
+    usable = scale > torch.finfo(scale.dtype).tiny
+    return torch.where(usable, 1 / scale, 0)
+
+
+class _Curve:
+    """The elementwise part of soft quantization on one block of x = weight / scale; names as in the module docstring."""
+
+    def __init__(self, x: Tensor, table: Table, count: _Counter):
+        self.k, mu, self.low, self.high = table.curve.tolist()
+        self.mu = max(mu, 1e-20)  # where log1p(mu |x|) / log1p(mu) is |x| to the last bit
+        self.log = math.log1p(self.mu)
+        self.x = x.clamp(*table.bounds.tolist())
+        self.stretch = self.x.abs().mul_(self.mu)  # mu |x|
+        self.y = self.stretch.log1p().mul_(1 / self.log).copysign_(x)
+        self.cell = count(self.y, 1.0, self.y)
+        self.sigma = _take(table.offset, self.cell).add_(self.y, alpha=self.k).sigmoid_()
+        self.jump = _take(table.jump, self.cell)
+
+    def value(self, table: Table) -> Tensor:
+        """q"""
+        return _take(table.left, self.cell).addcmul_(self.jump, self.sigma)
+
+    def logistic_slope(self) -> Tensor:
+        """J sigma (1 - sigma)"""
+        return torch.addcmul(self.sigma, self.sigma, self.sigma, value=-1).mul_(self.jump)
+
+    def companding_slope(self) -> Tensor:
+        """F'(x)"""
+        return self.stretch.add(1).reciprocal_().mul_(self.mu / self.log)
+
+    def companding_slope_mu(self) -> Tensor:
+        """dF/dmu at x"""
+        if self.mu < 1e-3:  # the closed form cancels
+            size = self.stretch / self.mu
+            return self.x * (1 - size) * (0.5 - self.mu / 6 * (1 + 4 * size))
+        return self.x / (self.stretch + 1) / self.log - self.y / (self.log * (1 + self.mu))
+
+
+def _rows(tensor: Tensor, scale: Tensor) -> Tensor:
+    return tensor.reshape(scale.numel(), -1)
+
+
+def _forward_cpu(weight: Tensor, scale: Tensor, table: Tensor, soft: bool) -> Tensor:
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    if not weight.numel():
+        return out
+    parts, rows, flat = split_table(table), _rows(weight, scale), _rows(out, scale)
+    column, inverse = scale.unsqueeze(1), _inverse(scale).unsqueeze(1)
+    count = _Counter(parts.edges if soft else parts.thresholds)
+    for block in _blocks(*rows.shape):
+        w, s = rows[block].to(scale.dtype), column[block[0]]
+        if soft:
+            unit = _Curve(w * inverse[block[0]], parts, count).value(parts)
+        else:
+            unit = _take(parts.values, count(w / s, s, w))
+        torch.add(unit.mul_(s), w - w, out=flat[block])  # NaN where w is not finite, else +0, which turns -0 into +0 too
+    return out
+
+
+def _encode_cpu(weight: Tensor, scale: Tensor, borders: Tensor) -> Tensor:
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    if not weight.numel():
+        return codes
+    rows, flat, column = _rows(weight, scale), _rows(codes, scale), scale.unsqueeze(1)
+    count = _Counter(borders)
+    for block in _blocks(*rows.shape):
+        w, s = rows[block].to(scale.dtype), column[block[0]]
+        flat[block] = count(w / s, s, w)
+    return codes
+
+
+def _backward_cpu(
+    grad: Tensor, weight: Tensor, scale: Tensor, table: Tensor, straight_through: float, table_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dweight, dscale = torch.empty(weight.shape, dtype=weight.dtype), torch.zeros_like(scale)
+    dtable = torch.zeros_like(table, dtype=torch.float64)
+    if not weight.numel():
+        return dweight, dscale, dtable.to(table.dtype)
+    parts, sums = split_table(table), split_table(dtable)
+    rows, grads, flat = _rows(weight, scale), _rows(grad, scale), _rows(dweight, scale)
+    column, inverse = scale.unsqueeze(1), _inverse(scale).unsqueeze(1)
+    count = _Counter(parts.edges)
+    for block in _blocks(*rows.shape):
+        g, w = grads[block].to(scale.dtype), rows[block].to(scale.dtype)
+        x = torch.addcmul(w - w, w, inverse[block[0]])  # NaN where w is not finite
+        curve = _Curve(x, parts, count)
+        spread = curve.logistic_slope()
+        slope = (spread * curve.companding_slope()).mul_(curve.k * (1 - straight_through)).add_(straight_through)
+        torch.mul(g, slope, out=flat[block])
+        inside = torch.eq(x, curve.x, out=torch.empty_like(x))  # as numbers: masks of bool are several times slower
+        dscale[block[0]] += curve.value(parts).addcmul_(slope.mul_(inside), x, value=-1).mul_(g).sum(1)
+        if table_grad:
+            _add_table_grad(sums, curve, g * column[block[0]], spread, inside)
+    return dweight, dscale, dtable.to(table.dtype)
+
+
+def _add_table_grad(sums: Table, curve: _Curve, g: Tensor, spread: Tensor, inside: Tensor) -> None:
+    """Add one block's part of the table's gradient; ``g`` is dL/dq."""
+    cell, through = curve.cell.long().view(-1), spread.mul_(g)
+    for total, part in [(sums.left, g), (sums.jump, g * curve.sigma), (sums.offset, through)]:
+        total += g.new_zeros(total.numel()).scatter_add_(0, cell, part.view(-1))
+    inner = through * inside
+    outer = through.sub_(inner)  # here y is z_0 or z_{K-1}, which the two sums tell apart
+    inner_y, outer_y, outer_sum = _dot(inner, curve.y), _dot(outer, curve.y), outer.sum().item()
+    above = (outer_y - curve.low * outer_sum) / (curve.high - curve.low)
+    dmu = _dot(inner, curve.companding_slope_mu())
+    sums.curve.add_(torch.tensor([inner_y + outer_y, curve.k * dmu, curve.k * (outer_sum - above), curve.k * above], dtype=torch.float64))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return torch.dot(a.view(-1), b.view(-1)).item()
+
+
+# --- Triton ------------------------------------------------------------------------------------------------------------------
+# A tile is ROWS channels by COLS weights.  Offsets are 64-bit.  The parts of the flat table begin at: thresholds 0, values
+# LEVELS - 1, edges 2 LEVELS - 1, bounds 3 LEVELS - 3, A 3 LEVELS - 1, J 4 LEVELS - 2, o 5 LEVELS - 3, curve 6 LEVELS - 4.
+
+
+@jit
+def _tile(tile, rows, columns, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(row indices, offsets, mask) of a tile; tiles are numbered along the rows."""
+    across = tl.cdiv(columns, COLS)
+    row = (tile // across) * ROWS + tl.arange(0, ROWS)
+    column = (tile % across) * COLS + tl.arange(0, COLS)
+    offset = row[:, None] * columns + column[None, :]
+    return row, offset, (row[:, None] < rows) & (column[None, :] < columns)
+
+
+@jit
+def _count_below(borders, x, scale, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """How many of the COUNT < 2**BITS sorted borders b satisfy scale * b < x: one bisection step per bit."""
+    count = tl.zeros(x.shape, tl.int32)
+    for bit in tl.static_range(BITS):
+        step = 1 << (BITS - 1 - bit)
+        index = count + (step - 1)
+        border = tl.load(borders + index, mask=index < COUNT, other=float("inf"))
+        count += tl.where(scale * border < x, step, 0)
+    return count
+
+
+@jit
+def _log1p(x):
+    """ln(1 + x) to a few ulp for x >= 0, however small (Kahan): the rounding of 1 + x cancels in the quotient."""
+    one_plus = 1.0 + x
+    rounded = one_plus - 1.0
+    return tl.where(rounded == 0.0, x, tl.log(one_plus) * (x / rounded))
+
+
+@jit
+def _inverse_of(scale):
+    return tl.where(scale > 1.1754943508222875e-38, 1.0 / scale, 0.0)
+
+
+@jit
+def _soft(x, table, BITS: tl.constexpr):
+    """(clamped x, y, mu |x|, cell, J, sigma) of x = weight / scale."""
+    LEVELS: tl.constexpr = 1 << BITS
+    mu = tl.maximum(tl.load(table + (6 * LEVELS - 3)), 1e-20)
+    low, high = tl.load(table + (3 * LEVELS - 3)), tl.load(table + (3 * LEVELS - 2))
+    clamped = tl.minimum(tl.maximum(x, low), high)
+    stretch = tl.abs(clamped) * mu
+    size = _log1p(stretch) / _log1p(mu)
+    y = tl.where(clamped < 0, -size, size)
+    cell = _count_below(table + (2 * LEVELS - 1), y, 1.0, BITS, LEVELS - 2)
+    k = tl.load(table + (6 * LEVELS - 4))
+    sigma = tl.sigmoid(k * y + tl.load(table + (5 * LEVELS - 3) + cell))
+    return clamped, y, stretch, cell, tl.load(table + (4 * LEVELS - 2) + cell), sigma
+
+
+@jit
+def _forward_kernel(
+    weight, scale, table, out, rows, columns, SOFT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    LEVELS: tl.constexpr = 1 << BITS
+    row, offset, mask = _tile(tl.program_id(0).to(tl.int64), rows, columns, ROWS, COLS)
+    w = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+    if SOFT:
+        _, _, _, cell, jump, sigma = _soft(w * _inverse_of(s), table, BITS)
+        unit = tl.load(table + (3 * LEVELS - 1) + cell) + jump * sigma
+    else:
+        unit = tl.load(table + (LEVELS - 1) + _count_below(table, w, s, BITS, LEVELS - 1))
+    quantized = unit * s + (w - w)  # NaN where w is not finite
+    tl.store(out + offset, quantized.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _encode_kernel(
+    weight, scale, borders, codes, rows, columns, BITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    row, offset, mask = _tile(tl.program_id(0).to(tl.int64), rows, columns, ROWS, COLS)
+    w = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+    code = _count_below(borders, w, s, BITS, (1 << BITS) - 1)
+    tl.store(codes + offset, code.to(tl.uint8), mask=mask)
+
+
+@jit
+def _add_dot(sums, ones, total):
+    """total + sums @ ones on tensor cores: the sums keep two mantissas of the one-hot's dtype (16 bits of bfloat16)."""
+    high = sums.to(ones.dtype)
+    low = (sums - high.to(tl.float32)).to(ones.dtype)
+    return tl.dot(low, ones, tl.dot(high, ones, total, input_precision="ieee"), input_precision="ieee")
+
+
+@jit
+def _companding_slope_mu(clamped, y, stretch, mu, log):
+    """dF/dmu; the closed form cancels for small mu."""
+    size = tl.abs(clamped)
+    series = clamped * (1.0 - size) * (0.5 - mu / 6.0 * (1.0 + 4.0 * size))
+    closed = clamped / (stretch + 1.0) / log - y / (log * (1.0 + mu))
+    return tl.where(mu < 1e-3, series, closed)
+
+
+@jit
+def _backward_kernel(
+    grad,
+    weight,
+    scale,
+    table,
+    dweight,
+    dscale,  # (tiles across, rows): one partial sum per tile
+    dtable,  # (programs, 3 LEVELS + 1): one partial row per program, laid out as the table from A onward
+    rows,
+    columns,
+    straight_through,
+    TABLE_GRAD: tl.constexpr,
+    ONE_HOT: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    LEVELS: tl.constexpr = 1 << BITS
+    SIZE: tl.constexpr = ROWS * COLS
+    across = tl.cdiv(columns, COLS)
+    k, mu = tl.load(table + (6 * LEVELS - 4)), tl.maximum(tl.load(table + (6 * LEVELS - 3)), 1e-20)
+    low, high = tl.load(table + (6 * LEVELS - 2)), tl.load(table + (6 * LEVELS - 1))
+    log = _log1p(mu)
+    digit = tl.arange(0, 16)
+    mass = tl.zeros((16, 16), tl.float32)  # up to 4 bits its rows 0, 1, 2 are the three sums of every cell,
+    raised = tl.zeros((16, 16), tl.float32)  # above each matrix is one sum, by the cell's two digits
+    passed = tl.zeros((16, 16), tl.float32)
+    dk, dmu, dlow, dhigh = 0.0, 0.0, 0.0, 0.0
+    # One stage: a pipelined loop would carry every dependent look-up of the bisection across iterations.
+    for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS) * across, tl.num_programs(0), num_stages=1):
+        row, offset, mask = _tile(tile, rows, columns, ROWS, COLS)
+        w = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+        x = w * _inverse_of(s) + (w - w)
+        clamped, y, stretch, cell, jump, sigma = _soft(x, table, BITS)
+        q = tl.load(table + (3 * LEVELS - 1) + cell) + jump * sigma
+        spread = jump * sigma * (1.0 - sigma)
+        slope = (1.0 - straight_through) * k * spread * (mu / log) / (stretch + 1.0) + straight_through + (w - w)
+        tl.store(dweight + offset, (g * slope).to(dweight.dtype.element_ty), mask=mask)
+        inside = clamped == x
+        partial = tl.sum(g * (q - tl.where(inside, x * slope, 0.0)), axis=1)
+        tl.store(dscale + (tile % across) * rows + row, partial, mask=row < rows)
+        if TABLE_GRAD:
+            g = g * s + (w - w)
+            through = g * spread
+            inner = tl.where(inside, through, 0.0)
+            outer = through - inner
+            dk += tl.sum(through * y)
+            dmu += k * tl.sum(inner * _companding_slope_mu(clamped, y, stretch, mu, log))
+            dlow += k * tl.sum(tl.where(x < clamped, outer, 0.0))
+            dhigh += k * tl.sum(tl.where(x > clamped, outer, 0.0))
+            cell = tl.reshape(cell, (1, SIZE))
+            g, through = tl.reshape(g, (1, SIZE)), tl.reshape(through, (1, SIZE))
+            moved = g * tl.reshape(sigma, (1, SIZE))
+            ones = (tl.reshape(cell % 16, (SIZE, 1)) == digit[None, :]).to(ONE_HOT)
+            if BITS <= 4:
+                which = digit[:, None]
+                sums = tl.where(which == 0, g, tl.where(which == 1, moved, tl.where(which == 2, through, 0.0)))
+                mass = _add_dot(sums, ones, mass)
+            else:
+                here = cell // 16 == digit[:, None]
+                mass = _add_dot(tl.where(here, g, 0.0), ones, mass)
+                raised = _add_dot(tl.where(here, moved, 0.0), ones, raised)
+                passed = _add_dot(tl.where(here, through, 0.0), ones, passed)
+    if TABLE_GRAD:
+        start = dtable + tl.program_id(0).to(tl.int64) * (3 * LEVELS + 1)
+        if BITS <= 4:
+            index = digit[:, None] * (LEVELS - 1) + digit[None, :]
+            tl.store(start + index, mass, mask=(digit[:, None] < 3) & (digit[None, :] < LEVELS - 1))
+        else:
+            index = digit[:, None] * 16 + digit[None, :]
+            tl.store(start + index, mass, mask=index < LEVELS - 1)
+            tl.store(start + (LEVELS - 1) + index, raised, mask=index < LEVELS - 1)
+            tl.store(start + (2 * LEVELS - 2) + index, passed, mask=index < LEVELS - 1)
+        end = start + (3 * LEVELS - 3)
+        tl.store(end, dk)
+        tl.store(end + 1, dmu)
+        tl.store(end + 2, dlow)
+        tl.store(end + 3, dhigh)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------------------
+
+TILE = 1024  # weights
+PROGRAMS = 512  # of a backward launch: enough to fill a GPU, few enough that their partial rows are cheap
+
+
+def _shape_tile(rows: int, columns: int) -> tuple[int, int]:
+    """(ROWS, COLS) of about TILE weights: whole rows where they are short."""
+    cols = min(TILE, max(16, next_power_of_2(columns)))
+    return TILE // cols, cols
+
+
+def _bits(table: Tensor) -> int:
+    return (table.numel() // 6).bit_length() - 1
+
+
+def _launch_forward(weight: Tensor, scale: Tensor, table: Tensor, soft: bool) -> Tensor:
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if not weight.numel():
+        return out
+    rows, columns = scale.numel(), weight.numel() // scale.numel()
+    tile = _shape_tile(rows, columns)
+    grid = (cdiv(rows, tile[0]) * cdiv(columns, tile[1]),)
+    with launching(weight):
+        _forward_kernel[grid](weight.contiguous(), scale.contiguous(), table, out, rows, columns, soft, _bits(table), *tile)
+    return out
+
+
+def _launch_encode(weight: Tensor, scale: Tensor, borders: Tensor) -> Tensor:
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    if not weight.numel():
+        return codes
+    rows, columns = scale.numel(), weight.numel() // scale.numel()
+    tile = _shape_tile(rows, columns)
+    grid = (cdiv(rows, tile[0]) * cdiv(columns, tile[1]),)
+    bits = borders.numel().bit_length()
+    with launching(weight):
+        _encode_kernel[grid](weight.contiguous(), scale.contiguous(), borders, codes, rows, columns, bits, *tile)
+    return codes
+
+
+def _launch_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, table: Tensor, straight_through: float, table_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if not weight.numel():
+        return dweight, torch.zeros_like(scale), torch.zeros_like(table)
+    rows, columns = scale.numel(), weight.numel() // scale.numel()
+    tile = _shape_tile(rows, columns)
+    across = cdiv(columns, tile[1])
+    programs = min(PROGRAMS, cdiv(rows, tile[0]) * across)
+    dscale = scale.new_empty(across, rows)
+    tail = 3 * 2 ** _bits(table) + 1
+    dtable = table.new_empty(programs, tail) if table_grad else table.new_zeros(1, tail)
+    tensors = [t.contiguous() for t in (grad, weight, scale, table)] + [dweight, dscale, dtable]
+    with launching(weight):
+        options = straight_through, table_grad, tl.float32 if INTERPRETED else tl.bfloat16, _bits(table)
+        _backward_kernel[(programs,)](*tensors, rows, columns, *options, *tile)
+    return dweight, dscale.sum(0), torch.nn.functional.pad(dtable.sum(0), (table.numel() - tail, 0))
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gq_triton::fake_quantize", mutates_args=(), device_types="cpu")
+def fake_quantize(
+    weight: Tensor, scale: Tensor, table: Tensor, soft: bool, straight_through: float, table_grad: bool
+) -> Tensor:
+    """Quantized ``weight``, contiguous, in its dtype.
+
+    Args:
+        weight: (C, ...), any floating dtype.
+        scale: (C,) or (1,), float32 (float64 for a float64 weight).
+        table: flat table (`build_table`) in the scale's dtype.
+        soft: the soft instead of the hard value.
+        straight_through: share h of the identity in the weight's gradient.
+        table_grad: whether the backward pass forms the gradient of the table.
+    """
+    _check_values(scale, table)
+    return _forward_cpu(weight, scale, table, soft)
+
+
+@fake_quantize.register_kernel("cuda")
+def _(weight, scale, table, soft, straight_through, table_grad):
+    return _launch_forward(weight, scale, table, soft)
+
+
+@fake_quantize.register_fake
+def _(weight, scale, table, soft, straight_through, table_grad):
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.custom_op("gq_triton::fake_quantize_backward", mutates_args=(), device_types="cpu")
+def fake_quantize_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, table: Tensor, straight_through: float, table_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, scale and table (zeros where ``table_grad`` is false)."""
+    return _backward_cpu(grad, weight, scale, table, straight_through, table_grad)
+
+
+fake_quantize_backward.register_kernel("cuda")(_launch_backward)
+
+
+@fake_quantize_backward.register_fake
+def _(grad, weight, scale, table, straight_through, table_grad):
+    return weight.new_empty(weight.shape), torch.empty_like(scale), torch.empty_like(table)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    weight, scale, table, _, ctx.straight_through, ctx.table_grad = inputs
+    ctx.save_for_backward(weight, scale, table)
+
+
+def _backward(ctx, grad):
+    weight, scale, table = ctx.saved_tensors
+    grads = fake_quantize_backward(grad, weight, scale, table, ctx.straight_through, ctx.table_grad)
+    return *grads, None, None, None
+
+
+fake_quantize.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("gq_triton::encode", mutates_args=(), device_types="cpu")
+def encode(weight: Tensor, scale: Tensor, borders: Tensor) -> Tensor:
+    """Codes (uint8, contiguous, shape of ``weight``): how many ``borders`` (K-1,) b satisfy ``fp32(scale * b) < weight``."""
+    return _encode_cpu(weight, scale, borders)
+
+
+encode.register_kernel("cuda")(_launch_encode)
+
+
+@encode.register_fake
+def _(weight, scale, borders):
+    return weight.new_empty(weight.shape, dtype=torch.uint8)
+
+
+def _check_values(scale: Tensor, table: Tensor) -> None:
+    """Checked on the CPU only: on a GPU the answer would have to be waited for."""
+    if (scale < 0).any():
+        raise ValueError(f"scale must not be negative, but its smallest entry is {scale.min().item():g}")
+    low, high = split_table(table).curve[2:].tolist()
+    borders = split_table(table).thresholds
+    if high <= low or (borders[1:] < borders[:-1]).any():
+        raise ValueError("centroids must be sorted in ascending order, the first below the last")
