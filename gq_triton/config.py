@@ -1,0 +1,106 @@
+"""How one weight tensor is quantized."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Granularity = Literal["channel", "tensor"]
+Forward = Literal["hard", "soft"]
+CodebookDtype = Literal["float", "int8", "fp8"]
+ActivationDtype = Literal["int8", "fp8"]
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def _check_integer(name: str, value: object, low: int, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
+        raise ValueError(f"{name} must be an integer {limits}; got {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high or not math.isfinite(value):  # type: ignore[operator, arg-type]
+        limits = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
+        raise ValueError(f"{name} must be a finite number {limits}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class GQConfig:
+    """Settings of the General Quantizer for one weight.
+
+    Args:
+        bits: width of a code, 1 to 8; the codebook has ``2**bits`` entries. Default 4.
+        mu: companding strength, at least 0 (0 is uniform). None (default): the value with the least squared error
+            among a small grid, found per tensor when the model is prepared.
+        learn_mu: train mu together with the weights. Default False.
+        granularity: one scale per output channel (dim 0 of the weight; ``"channel"``, default) or per ``"tensor"``.
+        forward: ``"hard"`` (default) computes with the nearest centroid and back-propagates the soft assignment's
+            derivative; ``"soft"`` computes with the soft assignment itself, and with the nearest centroid in ``eval``.
+        learn_centroids: train the centroids (default True) or keep them uniform in companded space.
+        codebook: deployed type of the codebook's entries, ``"float"`` (float32, default), ``"int8"`` or ``"fp8"``
+            (e4m3); training sees the rounding.
+        activations: None (default), or ``"int8"`` or ``"fp8"``: the layer's input is quantized per token, dynamically.
+        straight_through: share, 0 to 1, of the straight-through gradient mixed into the soft derivative, so that
+            weights keep moving when the assignment is nearly hard. Default 0.1.
+        requantize_every: in training, quantize afresh at every n-th update of the weight and reuse the result, with a
+            straight-through gradient, in between. Default 1: at every forward pass.
+
+    Raises:
+        ValueError: for a value outside of what is listed above.
+    """
+
+    bits: int = 4
+    mu: float | None = None
+    learn_mu: bool = False
+    granularity: Granularity = "channel"
+    forward: Forward = "hard"
+    learn_centroids: bool = True
+    codebook: CodebookDtype = "float"
+    activations: ActivationDtype | None = None
+    straight_through: float = 0.1
+    requantize_every: int = 1
+
+    def __post_init__(self) -> None:
+        _check_integer("bits", self.bits, 1, 8)
+        if self.mu is not None:
+            _check_number("mu", self.mu, 0.0, math.inf)
+        _check_flag("learn_mu", self.learn_mu)
+        if self.learn_mu and self.mu == 0:
+            raise ValueError("mu must be above 0, or None, where learn_mu is True: mu is learned as a logarithm; got 0")
+        _check_choice("granularity", self.granularity, ("channel", "tensor"))
+        _check_choice("forward", self.forward, ("hard", "soft"))
+        _check_flag("learn_centroids", self.learn_centroids)
+        _check_choice("codebook", self.codebook, ("float", "int8", "fp8"))
+        _check_choice("activations", self.activations, (None, "int8", "fp8"))
+        _check_number("straight_through", self.straight_through, 0.0, 1.0)
+        _check_integer("requantize_every", self.requantize_every, 1, math.inf)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as JSON-able values, the inverse of :meth:`from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "GQConfig":
+        """Builds a configuration from :meth:`to_dict`'s result; missing settings take their defaults.
+
+        Raises:
+            ValueError: if ``settings`` is not a mapping, has an unknown name, or a value is not allowed.
+        """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"settings must be a mapping of setting names to values; got {type(settings).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(str(name) for name in settings if name not in known)
+        if unknown:
+            raise ValueError(f"settings has unknown names {unknown}; allowed are {sorted(known)}")
+        return cls(**settings)

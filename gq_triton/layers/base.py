@@ -1,0 +1,130 @@
+"""What every quantized layer shares.
+
+A layer is quantized in place: its class is replaced, ``nn.Linear`` -> ``QATLinear`` -> ``PackedLinear``, and its
+identity, hooks, training flag and remaining parameters stay. Whoever holds a reference to it, be it a parent, a
+second name for a shared module, or the caller who quantizes one lone layer, keeps a valid one.
+
+``QATLinear.weight`` remains the trained float parameter, under its old name; its quantizer is the sub-module
+``weight_quantizer``. ``PackedLinear`` has ``weight_packed`` instead of both. Layers with several weights have a
+sub-module per weight: ``weight_ih_l0_quantizer``, ``in_proj_weight_packed``, ...
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gq_triton import functional as F
+from gq_triton.layers.packed_weight import PackedWeight
+from gq_triton.quantizer import WeightQuantizer
+
+
+class QuantizableLayer:
+    """What there is to quantize in a torch layer and in its twins. A mixin for twins of ``nn.Module`` subclasses."""
+
+    @staticmethod
+    def weight_names(layer: nn.Module) -> tuple[str, ...]:
+        """Returns the names of the parameters that can be quantized."""
+        return ("weight",)
+
+    @staticmethod
+    def refuse(layer: nn.Module) -> str | None:
+        """Returns why this very layer cannot be quantized, or None if it can."""
+        return None
+
+    @staticmethod
+    def split(name: str, rows: int) -> dict[str, slice]:
+        """Returns the packed weights that weight ``name``, of ``rows`` rows, becomes, as slices of its rows."""
+        return {name: slice(0, rows)}
+
+
+class QATLayer(QuantizableLayer):
+    """A layer in quantization-aware training: float parameters, and a quantizer beside each quantized one."""
+
+    def attach(self, name: str, quantizer: WeightQuantizer) -> None:
+        """Gives weight ``name`` its quantizer."""
+        self.add_module(f"{name}_quantizer", quantizer)  # type: ignore[attr-defined]
+
+    def quantizers(self) -> dict[str, WeightQuantizer]:
+        """Returns the quantizers by name of the weight; weights without one are computed with as they are."""
+        suffix = "_quantizer"
+        children = self.named_children()  # type: ignore[attr-defined]
+        return {name.removesuffix(suffix): child for name, child in children if isinstance(child, WeightQuantizer)}
+
+    def quantized(self, name: str) -> Tensor:
+        """Returns weight ``name`` as the layer computes with it."""
+        weight: Tensor = getattr(self, name)
+        quantizer = getattr(self, f"{name}_quantizer", None)
+        return weight if quantizer is None else quantizer(weight)
+
+    def quantized_input(self, x: Tensor, name: str) -> Tensor:
+        """Returns the input of weight ``name``, fake-quantized over its last dim if the configuration says so."""
+        quantizer = getattr(self, f"{name}_quantizer", None)
+        return x if quantizer is None else quantize_activations(x, quantizer.config.activations)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)  # type: ignore[misc]
+        for name, quantizer in self.quantizers().items():
+            own = f"{prefix}{name}_quantizer."
+            if f"{prefix}{name}" in state_dict and not any(key.startswith(own) for key in state_dict):
+                # A float checkpoint: what was fitted belonged to the previous weight.
+                quantizer.fit(getattr(self, name))
+                state_dict.update(quantizer.state_dict(prefix=own))
+
+
+class PackedLayer(QuantizableLayer):
+    """A layer whose quantized weights exist only in packed form. For inference."""
+
+    def attach(self, name: str, pieces: dict[str, PackedWeight]) -> None:
+        """Replaces weight ``name``, and its quantizer if it has one, by its packed pieces."""
+        delattr(self, name)
+        self._modules.pop(f"{name}_quantizer", None)  # type: ignore[attr-defined]
+        for piece, packed in pieces.items():
+            self.add_module(f"{piece}_packed", packed)  # type: ignore[attr-defined]
+
+    def packed_weights(self) -> dict[str, PackedWeight]:
+        """Returns the packed weights by name of the weight."""
+        children = self.named_children()  # type: ignore[attr-defined]
+        return {name.removesuffix("_packed"): child for name, child in children if isinstance(child, PackedWeight)}
+
+    def decoded(self, name: str) -> Tensor:
+        """Returns weight ``name`` as the layer computes with it."""
+        packed = getattr(self, f"{name}_packed", None)
+        return getattr(self, name) if packed is None else packed.decode()
+
+    def quantized_input(self, x: Tensor, name: str) -> Tensor:
+        """Returns the input of weight ``name``, quantized over its last dim if the configuration says so."""
+        packed = getattr(self, f"{name}_packed", None)
+        return x if packed is None else quantize_activations(x, packed.config.activations)
+
+    def linear(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
+        """Applies packed weight ``name`` to ``x``, (..., in) -> (..., out), without ever holding it as floats."""
+        packed: PackedWeight = getattr(self, f"{name}_packed")
+        return F.packed_linear(
+            x,
+            packed.codes,
+            packed.codebook,
+            packed.scale,
+            bias,
+            bits=packed.config.bits,
+            in_features=packed.shape[1],
+            out_features=packed.shape[0],
+            activations=packed.config.activations,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if f"{name}_packed" not in self.__dict__.get("_modules", {}):
+                raise
+        raise AttributeError(
+            f"{type(self).__name__}.{name} is packed and cannot be read as a tensor: call the layer, or decode "
+            f"{name}_packed"
+        )
+
+
+def quantize_activations(x: Tensor, dtype: str | None) -> Tensor:
+    """Returns ``x`` quantized over its last dim to ``dtype`` ("int8" or "fp8"), or as it is for None."""
+    return x if dtype is None else F.quantize_activations(x, dtype)

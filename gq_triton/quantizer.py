@@ -1,0 +1,257 @@
+"""The trainable quantizer of one weight tensor: its parameters, their initial fit, and the fake quantization.
+
+Parameters are stored so that the constraints hold under any finite optimizer step:
+
+- scale = exp(log_scale) > 0, one per channel or one per tensor. An all-zero channel gets the scale 0 (an exponent
+  that underflows), decodes to exact zeros and stays there: fit again once such a channel holds something.
+- centroids z = -1 + 2 * cumulative sum of gaps, gaps = softmax(centroid_logits) with a floor, so they are strictly
+  sorted and the ends are exactly -1 and 1. Nothing is lost by pinning the ends: the scale and mu say what they decode
+  to.
+- mu = exp(log_mu) where it is learned.
+
+These few numbers are always float32, whatever the model is cast to, and are expanded in float64, so that CPU and GPU
+derive the same codebook and scales.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gq_triton import functional as F
+from gq_triton.config import GQConfig
+
+INITIAL_HARDNESS = 2.0  # softmax sharpness before any Annealer sets it
+
+_GAP_FLOOR = 0.01  # share of [-1, 1] that is split evenly among the gaps, whatever the logits are
+_ZERO_LOG_SCALE = -200.0  # exp() of it is 0 in float32
+_MAX_LOG_SCALE = 80.0  # exp() of it is finite in float32
+_LOG_MU_RANGE = (-9.0, 9.0)  # mu from 1e-4 (uniform in effect) to 8e3
+_MU_GRID = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 31.0, 63.0, 127.0, 255.0)
+_FIT_ROWS = 64  # rows that choose mu
+_FIT_COLUMNS = 512  # columns that choose mu and each channel's scale at first; all columns decide
+_FIT_TENSOR_COLUMNS = 32768  # the same where one scale serves the whole tensor
+_FIT_STARTS = 8
+_TINY = torch.finfo(torch.float32).tiny
+_CHUNK = 1 << 20  # elements worked on at a time, to bound temporaries
+
+
+class FixedDtypeModule(nn.Module):
+    """A module whose tensors follow ``.to(device)`` but keep their dtype under ``.half()``, ``.bfloat16()``, ..."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedDtypeModule":
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class WeightQuantizer(FixedDtypeModule):
+    """Quantizes one weight of shape (C, ...) in training, and holds what is learned about it.
+
+    Args:
+        config: the settings.
+        channels: C, the size of the weight's dim 0.
+        device: where the parameters live. Default: torch's default device.
+
+    Attributes:
+        log_scale: parameter, (C,) or (1,), float32.
+        centroid_logits: parameter (buffer where centroids are fixed), (2**bits - 1,), float32.
+        log_mu: parameter, (1,), float32, where mu is learned; else ``mu`` is a buffer, (1,).
+        hardness: buffer, (), float32, set by :class:`gq_triton.Annealer`.
+        trained: whether a training forward pass ran; tells apart weights that are read behind the quantizer's back.
+    """
+
+    hardness: Tensor
+
+    def __init__(self, config: GQConfig, channels: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config
+        scales = channels if config.granularity == "channel" else 1
+        self.log_scale = nn.Parameter(torch.zeros(scales, device=device))
+        self._register("centroid_logits", torch.zeros(2**config.bits - 1, device=device), config.learn_centroids)
+        mu = torch.full((1,), 1.0 if config.mu is None else float(config.mu), device=device)
+        self._register("log_mu" if config.learn_mu else "mu", mu.log() if config.learn_mu else mu, config.learn_mu)
+        self.register_buffer("hardness", torch.tensor(INITIAL_HARDNESS, device=device))
+        self.trained = False
+        self._cache: tuple[Tensor, int, int] | None = None  # quantized weight, weight version, updates since
+
+    def _register(self, name: str, value: Tensor, learned: bool) -> None:
+        if learned:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightQuantizer":
+        self._cache = None
+        super()._apply(fn, recurse)
+        return self
+
+    def scale(self) -> Tensor:
+        """Returns the scales, (C,) or (1,), float32, at least 0."""
+        return self.log_scale.double().clamp(max=_MAX_LOG_SCALE).exp().float()
+
+    def centroids(self) -> Tensor:
+        """Returns the companded centroids, (2**bits,), float32, strictly increasing from exactly -1 to exactly 1."""
+        logits = self.centroid_logits.double()
+        gaps = _GAP_FLOOR / len(logits) + (1.0 - _GAP_FLOOR) * logits.softmax(0)
+        inner = 2.0 * gaps.cumsum(0)[:-1] - 1.0
+        end = inner.new_ones(1)
+        return torch.cat([-end, inner, end]).float()
+
+    def companding(self) -> Tensor:
+        """Returns mu, (1,), float32, at least 0."""
+        if self.config.learn_mu:
+            return self.log_mu.double().clamp(*_LOG_MU_RANGE).exp().float()
+        return self.mu
+
+    def codebook(self) -> Tensor:
+        """Returns the codebook as deployed, (2**bits,), float32 values within [-1, 1]."""
+        return F.codebook(self.centroids(), mu=self.companding(), dtype=self.config.codebook)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantizes ``weight``, (C, ...) of a floating dtype; same shape and dtype.
+
+        In ``eval`` the result is always the hard one, what :meth:`encode` would deploy. With ``requantize_every=n``, in
+        training, n - 1 of n updates of the weight are answered with the last quantized weight and an identity gradient.
+        (The remembered weight is not part of the state dict: a resumed run starts with a fresh one.)
+        """
+        if not self.training:
+            return self._quantize(weight, "hard")
+        self.trained = True
+        if self.config.requantize_every == 1:
+            return self._quantize(weight, self.config.forward)
+        return self._quantize_periodically(weight)
+
+    def _quantize(self, weight: Tensor, forward: str) -> Tensor:
+        return F.fake_quantize(
+            weight,
+            self.scale(),
+            self.centroids(),
+            mu=self.companding(),
+            hardness=self.hardness,
+            forward=forward,
+            codebook_dtype=self.config.codebook,
+            straight_through=self.config.straight_through,
+        )
+
+    def _quantize_periodically(self, weight: Tensor) -> Tensor:
+        value, version, updates = self._cache or (None, -1, self.config.requantize_every)
+        # An optimizer step bumps the version; several forward passes between two steps count once.
+        updates += weight._version != version
+        if value is None or updates in (0, self.config.requantize_every):
+            quantized = self._quantize(weight, self.config.forward)
+            self._cache = (quantized.detach(), weight._version, 0)
+            return quantized
+        self._cache = (value, weight._version, updates)
+        # Zero gradients rather than none for the quantizer's parameters: DDP waits for every parameter.
+        unused = sum(parameter.sum() for parameter in self.parameters()) * 0.0
+        return value + (weight - weight.detach()) + unused.to(weight.dtype)
+
+    @torch.no_grad()
+    def encode(self, weight: Tensor) -> Tensor:
+        """Returns the uint8 codes of ``weight``, same shape; a code stands for ``codebook()[code] * scale()``."""
+        return F.encode(weight, self.scale(), self.centroids(), mu=self.companding())
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor) -> None:
+        """Fits scales, and mu where the configuration leaves it open, to ``weight`` by least squares; resets centroids.
+
+        Deterministic. A channel's scale is the best of a few between the mean and the largest magnitude, each replaced
+        by the closed-form optimum for the codes that it leads to; mu is the best of a small grid on a sample.
+
+        Raises:
+            ValueError: if ``weight`` is empty, holds NaN or infinity, or its dim 0 does not fit.
+        """
+        if weight.numel() == 0:
+            raise ValueError(f"weight must not be empty; its shape is {tuple(weight.shape)}")
+        per_tensor = self.config.granularity == "tensor"
+        rows = weight.detach().reshape(1 if per_tensor else len(weight), -1)
+        if len(rows) != len(self.log_scale):
+            raise ValueError(f"weight has {len(rows)} channels where the quantizer has {len(self.log_scale)}")
+        if not rows.isfinite().all():
+            raise ValueError("weight must be finite; it holds NaN or infinity")
+        self._cache = None
+        self.centroid_logits.zero_()
+        sample = _sample_columns(rows, _FIT_TENSOR_COLUMNS if per_tensor else _FIT_COLUMNS)
+        mu = self._fit_mu(sample) if self.config.mu is None else float(self.config.mu)
+        if self.config.learn_mu:
+            self.log_mu.fill_(math.log(max(mu, 0.1)))
+        else:
+            self.mu.fill_(mu)
+        step = max(1, _CHUNK // rows.shape[1])
+        chunks = zip(sample.split(step), rows.split(step), strict=True)
+        scale = torch.cat([self._fit_scale(*chunk) for chunk in chunks])
+        self.log_scale.copy_(scale.log().clamp(min=_ZERO_LOG_SCALE))
+
+    def _fit_mu(self, sample: Tensor) -> float:
+        if self.config.bits == 1:
+            return 0.0  # two centroids sit at the ends: mu changes nothing
+        chosen = torch.linspace(0, len(sample) - 1, min(_FIT_ROWS, len(sample)), device=sample.device).long()
+        sample = sample[chosen].float()
+        sample = sample / sample.abs().amax().clamp(min=_TINY)  # squares of any finite weight now stay in range
+        largest = sample.abs().amax(1)
+        errors = []
+        for mu in _MU_GRID:
+            scale = self._coarse_scale(sample, sample.abs().mean(1), largest, mu)
+            errors.append(self._refit(sample, scale, mu)[1].sum())
+        return _MU_GRID[int(torch.stack(errors).argmin())]
+
+    def _fit_scale(self, sample: Tensor, rows: Tensor) -> Tensor:
+        mu = float(self.companding())
+        rows = rows.float()
+        unit = rows.abs().amax(1, keepdim=True).clamp(min=_TINY)
+        rows, sample = rows / unit, sample.float() / unit
+        largest = rows.abs().amax(1)
+        coarse = self._coarse_scale(sample, rows.abs().mean(1), largest, mu)
+        # A sample misses the few largest weights, and clipping those is what matters at many bits.
+        return unit.squeeze(1) * self._best_scale(rows, [coarse, (coarse * largest).sqrt(), largest], mu)
+
+    def _coarse_scale(self, sample: Tensor, mean: Tensor, largest: Tensor, mu: float) -> Tensor:
+        shares = torch.linspace(0, 1, _FIT_STARTS).tolist()
+        return self._best_scale(sample, [mean ** (1 - share) * largest**share for share in shares], mu)
+
+    def _best_scale(self, rows: Tensor, starts: list[Tensor], mu: float) -> Tensor:
+        """Refits each start and returns, per row, the scale with the least squared error."""
+        scales, errors = zip(*(self._refit(rows, start, mu) for start in starts), strict=True)
+        best = torch.stack(errors).argmin(0, keepdim=True)
+        return torch.stack(scales).gather(0, best).squeeze(0)
+
+    def _refit(self, rows: Tensor, scale: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+        """Assigns with ``scale`` and returns the scale that then fits best, with its squared error, both per row."""
+        centroids = self.centroids()
+        values = F.codebook(centroids, mu=mu, dtype=self.config.codebook)
+        decoded = values[F.encode(rows, scale, centroids, mu=mu).int()]
+        correlation = (rows * decoded).sum(1)
+        energy = (decoded * decoded).sum(1).clamp(min=_TINY)
+        error = (rows * rows).sum(1) - correlation * correlation / energy
+        return (correlation / energy).clamp(min=0.0), error
+
+    def extra_repr(self) -> str:
+        return f"bits={self.config.bits}, granularity={self.config.granularity!r}, forward={self.config.forward!r}"
+
+
+def warn_of_bypassed(model: nn.Module) -> None:
+    """Warns of quantizers that never ran in training although others did: something may read their weights directly."""
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, WeightQuantizer)}
+    if not any(quantizer.trained for quantizer in quantizers.values()):
+        return
+    bypassed = [name for name, module in quantizers.items() if module.log_scale.requires_grad and not module.trained]
+    if bypassed:
+        names = ", ".join(name.removesuffix("_quantizer") for name in bypassed)
+        warnings.warn(
+            f"{names}: trained without its layer being called. If another module reads this weight, it reads it "
+            "unquantized: call the layer there, or leave it float by a None configuration",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _sample_columns(rows: Tensor, columns: int) -> Tensor:
+    if rows.shape[1] <= columns:
+        return rows
+    chosen = torch.randint(rows.shape[1], (columns,), generator=torch.Generator().manual_seed(0))
+    return rows[:, chosen.to(rows.device)]

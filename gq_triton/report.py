@@ -1,0 +1,148 @@
+"""What a model weighs: per weight and in all, counted from the tensors that are there."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gq_triton.layers import PackedWeight, QATLayer
+from gq_triton.layers.packed_weight import packed_layout, sqnr_db
+from gq_triton.quantizer import WeightQuantizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight, or all float tensors of one module.
+
+    Attributes:
+        name: of the weight, or of the module.
+        bits: code width, or the element width of float tensors.
+        parameters: how many numbers of the float model it stands for.
+        bytes: that it takes in memory now; a prepared weight takes its float form and its quantizer's.
+        packed_bytes: that it takes packed, in memory and in a file; float tensors take what they take.
+        sqnr_db: of the quantized weight against the float weight that it came from, in dB; None for float tensors and
+            where it is not known.
+    """
+
+    name: str
+    bits: int
+    parameters: int
+    bytes: int
+    packed_bytes: int
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a model, and their sums."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the float model."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in memory now."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors once packed, which is what a packed file holds besides its header."""
+        return sum(row.packed_bytes for row in self.rows)
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of the float model in float32."""
+        return 4 * self.parameters
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than in float32 the packed model is."""
+        return self.float32_bytes / self.packed_bytes if self.packed_bytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns rows and totals as JSON-able values."""
+        totals = ("parameters", "bytes", "packed_bytes", "float32_bytes", "ratio")
+        return {
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            **{name: getattr(self, name) for name in totals},
+        }
+
+    def __str__(self) -> str:
+        head = ("weight", "bits", "parameters", "bytes", "packed", "SQNR dB")
+        body = [_cells(row) for row in self.rows]
+        total = ("total", "", f"{self.parameters:,}", f"{self.bytes:,}", f"{self.packed_bytes:,}", "")
+        widths = [max(map(len, column)) for column in zip(head, total, *body, strict=True)]
+        lines = [_line(cells, widths) for cells in (head, *body, total)]
+        lines.append(f"float32: {self.float32_bytes:,} bytes; packed: {self.ratio:.2f} times smaller")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Counts the bytes of a float, prepared or packed model; what is shared counts once.
+
+    Persistent and other buffers count like parameters. Memory that a layer takes while it runs is not counted: packed
+    recurrent and convolution layers hold one decoded weight during a call.
+    """
+    return Report(tuple(_rows(model)))
+
+
+def _rows(model: nn.Module) -> Iterator[Row]:
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, WeightQuantizer):
+            continue  # counted with its weight
+        if isinstance(module, PackedWeight):
+            yield _packed_row(name.removesuffix("_packed"), module)
+            continue
+        quantizers = module.quantizers() if isinstance(module, QATLayer) else {}
+        for weight_name, quantizer in quantizers.items():
+            weight = getattr(module, weight_name)
+            if _first_time(weight, seen):
+                yield _prepared_row(f"{name}.{weight_name}".lstrip("."), weight, quantizer)
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        rest = [tensor for tensor in own if _first_time(tensor, seen)]
+        if rest:
+            yield _float_row(name, rest)
+
+
+def _first_time(tensor: Tensor, seen: set[int]) -> bool:
+    known = id(tensor) in seen
+    seen.add(id(tensor))
+    return not known
+
+
+def _packed_row(name: str, packed: PackedWeight) -> Row:
+    size = sum(buffer.nbytes for buffer in packed.buffers())
+    return Row(name, packed.config.bits, packed.shape.numel(), size, size, packed.sqnr_db)
+
+
+def _prepared_row(name: str, weight: Tensor, quantizer: WeightQuantizer) -> Row:
+    own = [weight, *quantizer.parameters(), *quantizer.buffers()]
+    layout = packed_layout(quantizer.config, weight.shape).values()
+    packed = sum(dtype.itemsize * size[0] for size, dtype in layout)
+    was_training = quantizer.training
+    quality = sqnr_db(weight, quantizer.eval()(weight))
+    quantizer.train(was_training)
+    return Row(name, quantizer.config.bits, weight.numel(), sum(t.nbytes for t in own), packed, quality)
+
+
+def _float_row(name: str, tensors: list[Tensor]) -> Row:
+    size = sum(tensor.nbytes for tensor in tensors)
+    count = sum(tensor.numel() for tensor in tensors)
+    return Row(name or "(model)", 8 * max(tensor.itemsize for tensor in tensors), count, size, size, None)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    quality = "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+    return row.name, str(row.bits), f"{row.parameters:,}", f"{row.bytes:,}", f"{row.packed_bytes:,}", quality
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    name, *numbers = (cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(cells))
+    return "  ".join((name, *numbers)).rstrip()

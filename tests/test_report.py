@@ -1,0 +1,101 @@
+import json
+import math
+
+import pytest
+import torch
+from quantized import convert
+from torch import nn
+
+import gq_triton as gq
+
+
+def model():
+    made = nn.ModuleDict(
+        {"embedding": nn.Embedding(10, 8), "lstm": nn.LSTM(8, 4), "head": nn.Linear(8, 10), "norm": nn.BatchNorm1d(4)}
+    )
+    made["head"].weight = made["embedding"].weight
+    return made
+
+
+CONFIG = {"lstm.weight_ih_l0": gq.GQConfig(bits=3, codebook="int8"), "norm": None, "*": gq.GQConfig(bits=5)}
+FLOATS = 10 + 2 * 16  # biases
+
+
+def quantized():
+    with pytest.warns(UserWarning, match="norm"):
+        return gq.quantize_(model(), CONFIG)
+
+
+def test_float_models():
+    report = gq.report(model())
+    tensors = {id(t): t for t in (*model().parameters(), *model().buffers())}.values()
+    count = 80 + 128 + 64 + FLOATS + 4 * 4 + 1
+    assert report.parameters == count == sum(t.numel() for t in tensors)
+    assert report.bytes == 4 * count + 4  # num_batches_tracked is int64
+    assert report.float32_bytes == 4 * count
+    assert {row.name for row in report.rows} == {"embedding", "lstm", "head", "norm"}
+    assert all(row.sqnr_db is None for row in report.rows)
+
+
+def test_packed_models_are_counted_as_they_lie_in_memory():
+    packed = convert(quantized())
+    report = gq.report(packed)
+    unique = {id(t): t for t in (*packed.parameters(), *packed.buffers())}.values()
+    assert report.bytes == report.packed_bytes == sum(t.nbytes for t in unique)
+    rows = {row.name: row for row in report.rows}
+    embedding = rows["embedding.weight"]
+    assert (embedding.bits, embedding.parameters) == (5, 80)
+    assert embedding.bytes == 80 * 5 // 8 + 4 * 32 + 4 * 10  # codes, codebook, scales
+    assert rows["lstm.weight_ih_l0"].bytes == 128 * 3 // 8 + 8 + 4 * 16
+    assert "head.weight" not in rows  # counted with the embedding that it is tied to
+    assert report.parameters == gq.report(model()).parameters
+    assert report.ratio == report.float32_bytes / report.bytes
+
+
+def test_prepared_models_foretell_the_packed_size():
+    prepared = quantized()
+    report, packed = gq.report(prepared), gq.report(convert(prepared))
+    unique = {id(t): t for t in (*prepared.parameters(), *prepared.buffers())}.values()
+    assert report.bytes == sum(t.nbytes for t in unique)
+    assert (report.packed_bytes, report.ratio) == (packed.packed_bytes, packed.ratio)
+    assert report.parameters == packed.parameters
+    quality = {row.name: row.sqnr_db for row in report.rows if row.sqnr_db is not None}
+    assert quality == pytest.approx({row.name: row.sqnr_db for row in packed.rows if row.sqnr_db is not None})
+
+
+def test_sqnr_of_gaussian_weights():
+    layer = nn.Linear(500, 20)
+    nn.init.normal_(layer.weight)
+    (row, _) = gq.report(gq.quantize_(layer, gq.GQConfig(bits=1))).rows
+    assert row.sqnr_db == pytest.approx(-10 * math.log10(1 - 2 / math.pi), abs=0.1)
+    assert layer.weight_quantizer.training
+
+
+def test_sqnr_of_exactly_represented_weights_is_infinite():
+    layer = nn.Linear(1, 3)
+    layer.weight.data.fill_(0.5)
+    assert gq.report(gq.quantize_(layer, gq.GQConfig(bits=1))).rows[0].sqnr_db == math.inf
+
+
+def test_dict_and_table():
+    report = gq.report(quantized())
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["bytes"] == report.bytes
+    assert sum(row["packed_bytes"] for row in values["rows"]) == values["packed_bytes"]
+    lines = str(report).splitlines()
+    assert len(lines) == len(report.rows) + 3
+    assert lines[0].split() == ["weight", "bits", "parameters", "bytes", "packed", "SQNR", "dB"]
+    assert len({len(line) for line in lines[1:-2]}) <= 2
+    assert f"{report.ratio:.2f} times smaller" in lines[-1]
+
+
+@pytest.mark.parametrize("empty", [nn.ReLU(), nn.Sequential()])
+def test_models_without_tensors(empty):
+    report = gq.report(empty)
+    assert (report.bytes, report.ratio, report.rows) == (0, 1.0, ())
+    assert "total" in str(report)
+
+
+def test_low_precision_models():
+    report = gq.report(nn.Linear(4, 3).to(torch.bfloat16))
+    assert (report.rows[0].bits, report.bytes, report.float32_bytes) == (16, 30, 60)
