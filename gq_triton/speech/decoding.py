@@ -96,8 +96,7 @@ class GreedyDecoder:
             new_predicted, new_state = self.model.predictor(best[:, None], predictor_state)
             predicted = torch.where(emits[:, None], new_predicted[:, 0], predicted)
             predictor_state = tuple(
-                torch.where(emits[None, :, None], new, old)
-                for new, old in zip(new_state, predictor_state, strict=True)
+                torch.where(emits[None, :, None], new, old) for new, old in zip(new_state, predictor_state, strict=True)
             )
         return GreedyState(labels, predicted, predictor_state)
 
@@ -132,9 +131,7 @@ class BeamDecoder:
         state = GreedyDecoder(self.model).start(1)
         return [[Hypothesis((), 0.0, state.predicted[0], state.predictor_state)] for _ in range(batch)]
 
-    def advance(
-        self, beams: list[list[Hypothesis]], encoded: Tensor, lengths: Tensor
-    ) -> list[list[Hypothesis]]:
+    def advance(self, beams: list[list[Hypothesis]], encoded: Tensor, lengths: Tensor) -> list[list[Hypothesis]]:
         """Decodes ``(B, T, E)`` further encoder frames, ``lengths`` of them valid."""
         advanced = []
         for hypotheses, frames, length in zip(beams, encoded, lengths.tolist(), strict=True):
@@ -172,7 +169,11 @@ class BeamDecoder:
         scores = scores.clone()
         scores[:, self.model.blank] = float("-inf")
         best, index = scores.flatten().topk(min(self.width, scores.numel()))
-        kept = [(s, *divmod(i, scores.shape[1])) for s, i in zip(best.tolist(), index.tolist(), strict=True) if s > threshold]
+        kept = [
+            (s, *divmod(i, scores.shape[1]))
+            for s, i in zip(best.tolist(), index.tolist(), strict=True)
+            if s > threshold
+        ]
         if not kept:
             return []
         labels = torch.tensor([[label] for _, _, label in kept], device=scores.device)
@@ -189,6 +190,4 @@ def _merge(finished: dict[tuple[int, ...], Hypothesis], hypothesis: Hypothesis, 
     known = finished.get(hypothesis.labels)
     if known is not None:
         score = float(torch.logaddexp(torch.tensor(score), torch.tensor(known.score)))
-    finished[hypothesis.labels] = Hypothesis(
-        hypothesis.labels, score, hypothesis.predicted, hypothesis.predictor_state
-    )
+    finished[hypothesis.labels] = Hypothesis(hypothesis.labels, score, hypothesis.predicted, hypothesis.predictor_state)

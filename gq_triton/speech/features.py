@@ -33,6 +33,8 @@ class LogMel(nn.Module):
         f_max: highest frequency in Hz, default 8000, the Nyquist frequency.
         adapt_frames: None (default) for global normalisation only. A number n > 0 also follows each recording's own
             mean, causally: the mean at frame t is that of frames 0..t and of n frames at the global mean.
+        tail_ms: silence appended to every recording, in milliseconds, default 0: room for a transducer to emit a word
+            that the recording ends with.
 
     Raises:
         ValueError: a number out of its range.
@@ -48,7 +50,12 @@ class LogMel(nn.Module):
     std: Tensor
 
     def __init__(
-        self, n_mels: int = 80, f_min: float = 20.0, f_max: float = 8000.0, adapt_frames: int | None = None
+        self,
+        n_mels: int = 80,
+        f_min: float = 20.0,
+        f_max: float = 8000.0,
+        adapt_frames: int | None = None,
+        tail_ms: int = 0,
     ) -> None:
         super().__init__()
         if n_mels < 1:
@@ -57,7 +64,10 @@ class LogMel(nn.Module):
             raise ValueError(f"f_min and f_max must satisfy 0 <= f_min < f_max <= 8000, got {f_min} and {f_max}")
         if adapt_frames is not None and adapt_frames < 1:
             raise ValueError(f"adapt_frames must be None or at least 1, got {adapt_frames}")
+        if tail_ms < 0:
+            raise ValueError(f"tail_ms must be at least 0, got {tail_ms}")
         self.n_mels, self.f_min, self.f_max, self.adapt_frames = n_mels, f_min, f_max, adapt_frames
+        self.tail_ms = tail_ms
         self.register_buffer("mel_filters", mel_filters(n_mels, f_min, f_max), persistent=False)
         self.register_buffer("hann", torch.hann_window(WINDOW), persistent=False)
         self.register_buffer("mean", torch.zeros(n_mels))
@@ -78,11 +88,21 @@ class LogMel(nn.Module):
             ValueError: shapes or dtypes that do not match.
         """
         self._check(waveforms, lengths)
-        feature_lengths = self.num_frames(lengths.to(waveforms.device, torch.int64))
+        lengths = lengths.to(waveforms.device, torch.int64)
+        if self.tail_ms:
+            used = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
+            waveforms = nn.functional.pad(waveforms * used, (0, self.tail_samples))
+            lengths = lengths + self.tail_samples
+        feature_lengths = self.num_frames(lengths)
         features = self._normalise(self.log_energies(waveforms))
         frames = torch.arange(features.shape[1], device=features.device)
         valid = frames < feature_lengths[:, None]
         return features * valid[:, :, None], feature_lengths
+
+    @property
+    def tail_samples(self) -> int:
+        """Samples of silence that ``tail_ms`` stands for."""
+        return self.tail_ms * SAMPLE_RATE // 1000
 
     @staticmethod
     def num_frames(samples: Tensor) -> Tensor:
@@ -123,7 +143,8 @@ class LogMel(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments, JSON-able; the statistics are in ``state_dict``."""
-        return {"n_mels": self.n_mels, "f_min": self.f_min, "f_max": self.f_max, "adapt_frames": self.adapt_frames}
+        names = ("n_mels", "f_min", "f_max", "adapt_frames", "tail_ms")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, arguments: dict[str, Any]) -> "LogMel":
@@ -160,8 +181,8 @@ class LogMel(nn.Module):
 class StreamingLogMel:
     """Features of B streams in step, chunk by chunk; the chunks' outputs joined equal the offline features.
 
-    A frame comes out as soon as its last sample is in: the delay is one window. A tail shorter than a window is
-    dropped, as offline.
+    A frame comes out as soon as its last sample is in: the delay is one window. A remainder shorter than a window is
+    dropped, as offline. :meth:`finish` gives the frames of the silence that the front end appends.
 
     Args:
         front_end: the offline features, whose settings and statistics are used.
@@ -197,6 +218,10 @@ class StreamingLogMel:
         energies = self.front_end.log_energies(heard)
         self._pending = heard[:, energies.shape[1] * HOP :]
         return self._normalise(energies)
+
+    def finish(self) -> Tensor:
+        """The last frames of recordings that end here, float32 (B, frames, n_mels)."""
+        return self.push(self._pending.new_zeros(self.batch_size, self.front_end.tail_samples))
 
     def _normalise(self, energies: Tensor) -> Tensor:
         if self.front_end.adapt_frames is None:

@@ -73,7 +73,7 @@ class Recognizer(nn.Module):
 
     @torch.inference_mode()
     def recognize(self, features: Tensor, lengths: Tensor, *, beam_width: int = 1) -> list[str]:
-        """Texts of a padded batch of features ``(B, T, 80)`` with ``lengths`` ``(B,)``; a beam of 1 is greedy."""
+        """Texts of a padded batch of features ``(B, T, n_mels)`` with ``lengths`` ``(B,)``; a beam of 1 is greedy."""
         device = next(chain(self.model.parameters(), self.model.buffers())).device
         features, lengths = features.to(device), lengths.to(device)
         if beam_width == 1:

@@ -152,9 +152,7 @@ def test_equals_torchaudio():
         pytest.skip(f"torchaudio does not import here: {error}")
     logits, targets, logit_lengths, target_lengths = random_case(7, 4, 12, 5, 9, dtype=torch.float32)
     logit_lengths[0], target_lengths[0] = 12, 5
-    expected = theirs(
-        logits, targets.int(), logit_lengths.int(), target_lengths.int(), blank=0, reduction="none"
-    )
+    expected = theirs(logits, targets.int(), logit_lengths.int(), target_lengths.int(), blank=0, reduction="none")
     torch.testing.assert_close(
         rnnt_loss(logits, targets, logit_lengths, target_lengths, reduction="none"), expected, rtol=1e-4, atol=1e-4
     )

@@ -180,3 +180,29 @@ def test_bad_streams_and_statistics():
         StreamingLogMel(LogMel(), 2).push(torch.rand(1, 100))
     with pytest.raises(ValueError, match="0 frames"):
         LogMel().fit([torch.rand(399)])
+
+
+@pytest.mark.parametrize("adapt_frames", [None, 20])
+def test_the_tail_is_appended_silence_offline_and_streamed(adapt_frames):
+    waveform = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0)) / 10
+    plain, padded = (LogMel(adapt_frames=adapt_frames, tail_ms=tail) for tail in (0, 300))
+    silent = torch.cat([waveform, torch.zeros(2, 4800)], 1)
+    expected, lengths = plain(silent, torch.tensor([13800, 13800]))
+    features, found = padded(waveform, torch.tensor([9000, 9000]))
+    assert torch.equal(features, expected) and torch.equal(found, lengths)
+    stream = StreamingLogMel(padded, 2)
+    chunks = [stream.push(part) for part in waveform.split(1234, 1)]
+    torch.testing.assert_close(torch.cat([*chunks, stream.finish()], 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_tail_is_silent_where_the_padding_is_not():
+    front_end = LogMel(tail_ms=100)
+    waveforms = torch.randn(2, 8000, generator=torch.Generator().manual_seed(1))
+    features, lengths = front_end(waveforms, torch.tensor([8000, 5000]))
+    alone, _ = front_end(waveforms[1:, :5000], torch.tensor([5000]))
+    torch.testing.assert_close(features[1, : lengths[1]], alone[0])
+
+
+def test_a_negative_tail_is_refused():
+    with pytest.raises(ValueError, match="tail_ms must be at least 0, got -1"):
+        LogMel(tail_ms=-1)

@@ -1,0 +1,78 @@
+"""The quickstart's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gq_triton.files import write_atomically
+from gq_triton.speech.extras import require
+
+__all__ = ["plot_error_rates", "plot_sizes"]
+
+FLOAT, UNTRAINED, TRAINED = "#555555", "#d95f02", "#1b9e77"
+SERIES = (  # offset of the bar, key in a row of the summary, label, colour
+    (-0.2, "ptq", "post-training quantization", UNTRAINED),
+    (0.2, "qat", "quantization-aware training", TRAINED),
+)
+
+
+def plot_error_rates(path: Path, summary: dict) -> None:
+    """Bars of the word error rate after post-training quantization and after training, with 95 % intervals, and the
+    float model's line."""
+    rows, float_wer = summary["rows"], 100 * summary["float"]["wer"]
+    figure, axes = _axes(summary)
+    places = range(len(rows))
+    for offset, key, label, color in SERIES:
+        values = [100 * row[f"{key}_wer"] for row in rows]
+        ends = [[100 * end for end in row[f"{key}_interval"]] for row in rows]
+        errors = [
+            [value - low for value, (low, _) in zip(values, ends, strict=True)],
+            [high - value for value, (_, high) in zip(values, ends, strict=True)],
+        ]
+        left = [place + offset for place in places]
+        bars = axes.bar(left, values, width=0.38, label=label, color=color, yerr=errors, ecolor=FLOAT, capsize=3)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, label_type="center", color="white")
+    axes.axhline(float_wer, color=FLOAT, linestyle="--", label=f"float32 ({float_wer:.1f} %)")
+    axes.set_xticks(list(places), [f"{_wrapped(row['name'])}\n{row['ratio']:.1f}x smaller" for row in rows])
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_sizes(path: Path, summary: dict) -> None:
+    """Word error rate over size: what each byte buys."""
+    rows, unquantized = summary["rows"], summary["float"]
+    figure, axes = _axes(summary)
+    axes.scatter([unquantized["bytes"] / 1e3], [100 * unquantized["wer"]], color=FLOAT, label="float32")
+    for _, key, label, color in SERIES:
+        sizes, errors = [row["bytes"] / 1e3 for row in rows], [100 * row[f"{key}_wer"] for row in rows]
+        axes.scatter(sizes, errors, color=color, label=label)
+    for row in rows:
+        place = (row["bytes"] / 1e3, 100 * row["qat_wer"])
+        axes.annotate(row["name"], place, textcoords="offset points", xytext=(4, 5), fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("size of the weights (kB, logarithmic)")
+    axes.legend()
+    _save(figure, path)
+
+
+def _axes(summary: dict):
+    require("matplotlib", "quickstart").use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    test, device = summary["test"], summary["device"]
+    axes.set_title(
+        f"{summary['data']}: {test['words']} words of unheard voices\n{device}, {summary['date']}", fontsize=9
+    )
+    axes.set_ylabel("word error rate (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    require("matplotlib.pyplot", "quickstart").close(figure)
+
+
+def _wrapped(name: str) -> str:
+    return name.replace(", ", ",\n")

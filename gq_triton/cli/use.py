@@ -1,0 +1,131 @@
+"""What one does with a trained recognizer: `evaluate`, `convert`, `transcribe` and `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+import gq_triton as gq
+from gq_triton.speech.recognizer import Recognizer
+from gq_triton.training.data import SpeechSet
+from gq_triton.training.distributed import training_device
+from gq_triton.training.evaluation import Evaluation
+from gq_triton.training.evaluation import evaluate as measure
+
+from .datasets import data_options, load_utterances
+from .output import emit, json_option
+from .quantization import allocation, quantization_options
+
+__all__ = ["convert", "evaluate", "load_recognizer", "report", "transcribe"]
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+BEAM = click.option(
+    "--beam", "beam_width", type=click.IntRange(min=1), default=1, show_default=True, help="beam width; 1 is greedy"
+)
+
+
+def load_recognizer(path: Path) -> Recognizer:
+    """Reads a recognizer from its file, or from the folder of the run that trained it; its model goes to the GPU."""
+    recognizer = Recognizer.load(path / "recognizer.safetensors" if path.is_dir() else path)
+    recognizer.model.to(training_device())
+    return recognizer
+
+
+@click.command()
+@MODEL
+@data_options
+@BEAM
+@click.option(
+    "--hypotheses", type=click.Path(path_type=Path), help="also write id, reference and hypothesis as a TSV file"
+)
+@json_option
+def evaluate(
+    model: Path,
+    data: str,
+    root: Path | None,
+    splits: Sequence[str],
+    beam_width: int,
+    hypotheses: Path | None,
+    as_json: bool,
+) -> None:
+    """Word error rate of MODEL, with its 95 % interval; a model from `qat` is measured packed."""
+    recognizer = load_recognizer(model)
+    utterances = load_utterances(data, root, splits, training=False)
+    speech = SpeechSet(utterances, recognizer.front_end, recognizer.tokenizer)
+    result = measure(recognizer, speech, beam_width=beam_width)
+    if hypotheses:
+        write_hypotheses(hypotheses, speech, result)
+    low, high = result.interval
+    text = (
+        f"WER {100 * result.wer:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}) "
+        f"on {result.utterances} utterances, {result.words} words; "
+        f"{result.audio_seconds / result.seconds:.0f} times real time"
+    )
+    emit(result.to_dict(), text, as_json)
+
+
+def write_hypotheses(path: Path, speech: SpeechSet, result: Evaluation) -> None:
+    rows = zip(speech.utterances, result.hypotheses, strict=True)
+    lines = [f"{utterance.id}\t{utterance.text}\t{hypothesis}" for utterance, hypothesis in rows]
+    path.write_text("\n".join(["id\treference\thypothesis", *lines]) + "\n", encoding="utf-8")
+
+
+@click.command()
+@MODEL
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="file to write")
+@quantization_options
+@json_option
+def convert(
+    model: Path,
+    output: Path,
+    bits: int | None,
+    layers: Sequence[str],
+    codebook: str,
+    activations: str,
+    granularity: str,
+    as_json: bool,
+) -> None:
+    """Pack the weights of MODEL into a self-contained file.
+
+    A model from `qat` has its widths already; a float one is quantized without training at those that --bits and
+    --layer give.
+    """
+    recognizer = load_recognizer(model)
+    if recognizer.stage == "packed":
+        raise click.UsageError(f"{model} is packed already")
+    if recognizer.stage == "qat" and (bits is not None or layers):
+        raise click.UsageError(f"{model} was trained for its widths; --bits and --layer do not go with it")
+    if recognizer.stage == "float":
+        recognizer.prepare(allocation(bits, layers, codebook, activations, granularity))
+    recognizer.convert().save(output)
+    sizes = gq.report(recognizer.model)
+    result = {"file": str(output), "bytes": sizes.bytes, "file_bytes": output.stat().st_size, "ratio": sizes.ratio}
+    emit(result, f"{output}: {sizes.bytes:,} bytes of weights, {sizes.ratio:.2f} times smaller than float32", as_json)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="recognizer: a file or a run's folder")
+@BEAM
+@json_option
+def transcribe(files: Sequence[Path], model: Path, beam_width: int, as_json: bool) -> None:
+    """Transcribe audio FILES of any rate and format that soundfile reads."""
+    recognizer = load_recognizer(model)
+    if recognizer.stage == "qat":
+        recognizer.convert()
+    bar = tqdm(files, desc="transcribing", unit="file", leave=False, disable=len(files) == 1)
+    result = [{"file": str(file), "text": recognizer.transcribe(file, beam_width=beam_width)} for file in bar]
+    lines = [row["text"] if len(files) == 1 else f"{row['file']}: {row['text']}" for row in result]
+    emit(result, "\n".join(lines), as_json)
+
+
+@click.command()
+@MODEL
+@json_option
+def report(model: Path, as_json: bool) -> None:
+    """Bits, parameters and bytes of every layer of MODEL, and in total."""
+    result = gq.report(load_recognizer(model).model)
+    emit(result.to_dict(), str(result), as_json)

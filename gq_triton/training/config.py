@@ -1,0 +1,129 @@
+"""What a training run is: one frozen description for float training and quantization-aware training alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run of a transducer.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: utterances per step, over all processes together.
+        learning_rate: AdamW's peak rate of weights.
+        quantizer_learning_rate: peak rate of scales, centroids and mu; None for ``learning_rate``.
+        final_learning_rate: what the cosine decay ends at, as a fraction of the peak.
+        warmup: fraction of all steps in which the rate rises linearly to its peak.
+        weight_decay: AdamW's, on weights only.
+        clip_norm: largest norm of the whole gradient.
+        ctc_weight: of the auxiliary CTC loss on the encoder.
+        curriculum_epochs: first epochs, in which batches come shortest first and without SpecAugment.
+        average_decay: of the moving average of all parameters, which is evaluated and returned; 0 for the last ones.
+        seed: of initial weights, batches, dropout and augmentation.
+        speeds: factors of speed perturbation.
+        join: share of the utterances that are followed by another one of their speaker.
+        freq_masks, freq_width: SpecAugment: masks per utterance, and their largest width in mel bands.
+        time_masks, time_fraction: SpecAugment: masks per utterance, and their largest part of it.
+        feature_noise: deviation of the Gaussian noise added to normalised features.
+        hardness: first and last softmax hardness of quantization-aware training.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        checkpoint_every: steps between checkpoints; the last step always leaves one.
+        log_every: steps between rows of the metrics file.
+    """
+
+    epochs: int = 30
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    quantizer_learning_rate: float | None = None
+    final_learning_rate: float = 0.02
+    warmup: float = 0.1
+    weight_decay: float = 1e-2
+    clip_norm: float = 5.0
+    ctc_weight: float = 0.0
+    curriculum_epochs: int = 0
+    average_decay: float = 0.0
+    seed: int = 0
+    speeds: tuple[float, ...] = (1.0,)
+    join: float = 0.0
+    freq_masks: int = 2
+    freq_width: int = 15
+    time_masks: int = 2
+    time_fraction: float = 0.05
+    feature_noise: float = 0.0
+    hardness: tuple[float, float] = (2.0, 16.0)
+    evaluate_every: int = 5
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "evaluate_every", "checkpoint_every", "log_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "a positive integer")
+        for name in ("learning_rate", "clip_norm"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
+        for name in (
+            "weight_decay",
+            "ctc_weight",
+            "feature_noise",
+            "curriculum_epochs",
+            "seed",
+            "freq_masks",
+            "freq_width",
+            "time_masks",
+        ):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
+        for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a fraction, 0..1")
+        rate = self.quantizer_learning_rate
+        _require("quantizer_learning_rate", rate, rate is None or rate > 0, "a positive number or None")
+        _require("speeds", self.speeds, self.speeds and min(self.speeds) > 0, "positive factors")
+        _require("hardness", self.hardness, len(self.hardness) == 2 and min(self.hardness) > 0, "two positive numbers")
+
+    def steps_per_epoch(self, utterances: int) -> int:
+        return -(-utterances // self.batch_size)
+
+    def total_steps(self, utterances: int) -> int:
+        """Optimizer steps of the whole run on a set of ``utterances``."""
+        return self.epochs * self.steps_per_epoch(utterances)
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of step 0..total-1 as a fraction of the peak: linear warm-up, then a cosine."""
+        rise = max(1, round(self.warmup * total))
+        if step < rise:
+            return (step + 1) / rise
+        progress = (step - rise) / max(1, total - 1 - rise)
+        return self.final_learning_rate + (1 - self.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+    def to_dict(self) -> dict:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def changed(self, settings: dict[str, str]) -> TrainConfig:
+        """This configuration with fields set from text, as a command line gives them: ``{"speeds": "0.9,1,1.1"}``.
+
+        Raises:
+            ValueError: an unknown field, or text that is no value of it.
+        """
+        unknown = sorted(set(settings) - {field.name for field in fields(self)})
+        if unknown:
+            allowed = ", ".join(field.name for field in fields(self))
+            raise ValueError(f"no training setting is called {', '.join(unknown)}; allowed: {allowed}")
+        return replace(self, **{name: self._parse(name, text) for name, text in settings.items()})
+
+    def _parse(self, name: str, text: str) -> object:
+        default = getattr(TrainConfig, name)
+        try:
+            if isinstance(default, tuple):
+                return tuple(float(part) for part in text.split(","))
+            return int(text) if isinstance(default, int) else float(text)
+        except ValueError as error:
+            kind = "numbers separated by commas" if isinstance(default, tuple) else "a number"
+            raise ValueError(f"{name} is {text!r}; {kind} needed") from error
+
+
+def _require(name: str, value: object, holds: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}; allowed: {allowed}")

@@ -1,0 +1,129 @@
+"""Settings that suit a data set, found by measurement; every one can be changed on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from gq_triton import GQConfig
+from gq_triton.models.rnnt import RNNT, RNNTConfig
+from gq_triton.speech.datasets import Utterance
+from gq_triton.speech.features import LogMel
+from gq_triton.speech.recognizer import Recognizer
+from gq_triton.speech.tokens import train_tokenizer
+
+from .config import TrainConfig
+from .distributed import is_main
+
+__all__ = ["ALLOCATIONS", "RECIPES", "Recipe"]
+
+# Forty filters do not resolve the harmonics of a voice, so few speakers suffice to learn from; the running mean takes
+# their channels out.
+SMALL_SET_FRONT_END = {"n_mels": 40, "adapt_frames": 100, "tail_ms": 300}
+STATISTICS_UTTERANCES = 2000  # that the front end's mean and deviation are measured on
+
+
+#: Widths by name pattern: uniform ones, and one whose second encoder LSTM and predictor LSTM have 1 bit.
+ALLOCATIONS: dict[str, dict[str, GQConfig | None]] = {
+    "8 bits": {"*": GQConfig(bits=8)},
+    "5 bits": {"*": GQConfig(bits=5)},
+    "4 bits": {"*": GQConfig(bits=4)},
+    "2 bits": {"*": GQConfig(bits=2)},
+    "mixed, LSTMs at 1 bit": {
+        "encoder.layers.1": GQConfig(bits=1),
+        "predictor.lstm": GQConfig(bits=1),
+        "*": GQConfig(bits=4),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train on a data set.
+
+    Attributes:
+        preset: sizes of the model, a name in ``RNNT_PRESETS``.
+        tokenizer: "word", "char" or "subword"; ``vocab_size`` counts for subwords.
+        front_end: arguments of :class:`gq_triton.speech.features.LogMel`.
+        train: float training from scratch.
+        qat: quantization-aware training from the float model.
+        beam_width: hypotheses kept in decoding; 1 is greedy.
+        allocations: names in ``ALLOCATIONS`` that a comparison of widths takes.
+    """
+
+    preset: str
+    tokenizer: str
+    vocab_size: int
+    front_end: Mapping[str, int]
+    train: TrainConfig
+    qat: TrainConfig
+    beam_width: int = 1
+    allocations: tuple[str, ...] = tuple(ALLOCATIONS)
+
+    def untrained(self, utterances: Sequence[Utterance], seed: int) -> Recognizer:
+        """A float recognizer for the sound and the transcripts of a training set, with weights drawn from ``seed``."""
+        sample = utterances[:: -(-len(utterances) // STATISTICS_UTTERANCES)]
+        bar = tqdm(sample, desc="statistics", unit="utt", leave=False, disable=not is_main())
+        front_end = LogMel(**self.front_end).fit(utterance.load() for utterance in bar)
+        tokenizer = train_tokenizer(self.tokenizer, [utterance.text for utterance in utterances], self.vocab_size)
+        torch.manual_seed(seed)
+        config = RNNTConfig.preset(self.preset, tokenizer.vocab_size, features=front_end.n_mels)
+        return Recognizer(front_end, tokenizer, RNNT(config))
+
+
+AN4_FLOAT = TrainConfig(
+    epochs=50,
+    batch_size=6,
+    learning_rate=1.5e-3,
+    final_learning_rate=0.0,
+    warmup=0.03,
+    ctc_weight=1.0,
+    curriculum_epochs=6,
+    average_decay=0.998,
+    speeds=(0.9, 1.0, 1.1),
+    join=0.4,
+    freq_width=7,
+    time_masks=3,
+    time_fraction=0.03,
+    feature_noise=0.1,
+)
+
+RECIPES = {
+    "synthetic": Recipe(
+        preset="tiny",
+        tokenizer="word",
+        vocab_size=64,
+        front_end=SMALL_SET_FRONT_END,
+        train=TrainConfig(epochs=10, batch_size=12, learning_rate=3e-3, ctc_weight=0.5, curriculum_epochs=1),
+        qat=TrainConfig(epochs=1, batch_size=12, learning_rate=5e-4),
+    ),
+    "an4": Recipe(
+        preset="small",
+        tokenizer="word",
+        vocab_size=128,
+        front_end=SMALL_SET_FRONT_END,
+        train=AN4_FLOAT,
+        qat=replace(AN4_FLOAT, epochs=10, learning_rate=3e-4, ctc_weight=0.0, curriculum_epochs=0, average_decay=0.99),
+        beam_width=4,
+        allocations=("4 bits", "2 bits"),
+    ),
+    "librispeech": Recipe(
+        preset="base",
+        tokenizer="subword",
+        vocab_size=512,
+        front_end={"tail_ms": 300},
+        train=TrainConfig(epochs=60, batch_size=32, learning_rate=1e-3, freq_width=27, speeds=(0.9, 1.0, 1.1)),
+        qat=TrainConfig(epochs=10, batch_size=32, learning_rate=2e-4, freq_width=27, speeds=(0.9, 1.0, 1.1)),
+    ),
+    "manifest": Recipe(
+        preset="small",
+        tokenizer="subword",
+        vocab_size=256,
+        front_end={"tail_ms": 300},
+        train=TrainConfig(speeds=(0.9, 1.0, 1.1)),
+        qat=TrainConfig(epochs=10, learning_rate=5e-4, speeds=(0.9, 1.0, 1.1)),
+    ),
+}

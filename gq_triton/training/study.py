@@ -1,0 +1,165 @@
+"""Training of recognizers, and the comparison of one float recognizer quantized in several ways."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+import gq_triton as gq
+from gq_triton.speech.recognizer import Recognizer
+
+from .config import TrainConfig
+from .data import SpeechSet
+from .distributed import is_main, training_device
+from .evaluation import evaluate
+from .recipes import ALLOCATIONS, Recipe
+from .trainer import Trainer
+
+__all__ = ["Row", "mean_bits", "quantize_and_measure", "train_quantized", "train_recognizer"]
+
+Allocation = Mapping[str, gq.GQConfig | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized model. Both error rates are of packed models, decoded from their packed weights.
+
+    Attributes:
+        name: of the allocation.
+        bits: mean over all quantized weights.
+        ptq_wer, ptq_interval: word error rate after post-training quantization, with its 95 % interval.
+        qat_wer, qat_interval: the same after quantization-aware training.
+        bytes: of the packed model's tensors.
+        ratio: how many times smaller than the float32 model.
+        file: the packed recognizer, relative to the output folder.
+    """
+
+    name: str
+    bits: float
+    ptq_wer: float
+    ptq_interval: tuple[float, float]
+    qat_wer: float
+    qat_interval: tuple[float, float]
+    bytes: int
+    ratio: float
+    file: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def train_recognizer(
+    recognizer: Recognizer,
+    data: SpeechSet,
+    config: TrainConfig,
+    output: Path,
+    *,
+    held_out: SpeechSet | None = None,
+    description: dict | None = None,
+    **options,
+) -> Recognizer:
+    """Trains a float or prepared recognizer in place and saves it as ``output/recognizer.safetensors``.
+
+    Args:
+        recognizer: its model moves to this process's GPU, where there is one.
+        data: the training set.
+        config: the run.
+        output: folder of the run; an interrupted one goes on from its checkpoint.
+        held_out: utterances whose word error rate is measured meanwhile, not trained on.
+        description: what else tells this run from others.
+        options: ``overwrite``, ``progress`` and ``tensorboard`` of :class:`Trainer`.
+    """
+
+    def measure() -> dict[str, float]:
+        return {"wer": evaluate(recognizer, held_out, progress=False).wer}
+
+    trainer = Trainer(
+        recognizer.model,
+        data,
+        config,
+        output,
+        description={"data": data.digest(), **recognizer.description(), **(description or {})},
+        evaluate=measure if held_out else None,
+        **options,
+    )
+    trainer.run()
+    recognizer.eval()
+    if is_main():
+        recognizer.save(Path(output) / "recognizer.safetensors")
+    return recognizer
+
+
+def train_quantized(
+    recognizer: Recognizer, allocation: Allocation, data: SpeechSet, config: TrainConfig, output: Path, **options
+) -> Recognizer:
+    """A prepared copy of a float recognizer, trained by :func:`train_recognizer`, which the options go to."""
+    prepared = copy.deepcopy(recognizer).prepare(allocation)
+    description = {"initial_weights": _digest(recognizer.model.state_dict())}
+    return train_recognizer(prepared, data, config, output, description=description, **options)
+
+
+def quantize_and_measure(
+    recognizer: Recognizer,
+    name: str,
+    recipe: Recipe,
+    train: SpeechSet,
+    test: SpeechSet,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Row:
+    """Quantizes a float recognizer with and without training, and measures both through their packed weights.
+
+    Args:
+        recognizer: the float one, left as it is.
+        name: of an allocation in ``ALLOCATIONS``; also names the folder of the run.
+        recipe: says how to train and to decode.
+        train, test: utterances to train on and to measure on.
+        output: folder for the run and the packed recognizer.
+        overwrite: begin anew where the folder of the run holds another.
+        progress: whether to show progress bars.
+    """
+    allocation = ALLOCATIONS[name]
+    decoding = {"beam_width": recipe.beam_width, "progress": progress}
+    untrained = evaluate(recognizer.packed_copy(allocation), test, **decoding)
+    slug = re.sub(r"\W+", "-", name)
+    options = {"overwrite": overwrite, "progress": progress}
+    trained = train_quantized(recognizer, allocation, train, recipe.qat, output / slug, **options).convert()
+    path = output / f"{slug}.safetensors"
+    trained.save(path)
+    deployed = Recognizer.load(path)
+    deployed.model.to(training_device())
+    measured = evaluate(deployed, test, **decoding)
+    report = gq.report(deployed.model)
+    return Row(
+        name=name,
+        bits=mean_bits(report),
+        ptq_wer=untrained.wer,
+        ptq_interval=untrained.interval,
+        qat_wer=measured.wer,
+        qat_interval=measured.interval,
+        bytes=report.bytes,
+        ratio=report.ratio,
+        file=path.name,
+    )
+
+
+def mean_bits(report: gq.Report) -> float:
+    """Mean width over the quantized weights of a packed model."""
+    packed = [row for row in report.rows if row.bits <= 8]
+    return sum(row.bits * row.parameters for row in packed) / sum(row.parameters for row in packed)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

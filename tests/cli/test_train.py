@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from gq_triton.speech.recognizer import Recognizer
+
+
+def test_training_leaves_a_recognizer_and_its_log(run):
+    recognizer = Recognizer.load(run / "recognizer.safetensors")
+    assert recognizer.stage == "float"
+    assert recognizer.tokenizer.vocab_size == 6
+    assert (run / "metrics.csv").is_file()
+    assert json.loads((run / "config.json").read_text())["train"]["epochs"] == 1
+
+
+def test_training_again_finds_its_checkpoint(gq_triton, run, manifest):
+    before = (run / "recognizer.safetensors").read_bytes()
+    data = ("--data", "manifest", "--root", manifest)
+    small = ("--preset", "tiny", "--tokenizer", "word", "--set", "epochs=1", "--set", "speeds=1")
+    result = gq_triton.json("train", *data, *small, "--output", run)
+    assert result["recognizer"] == str(run / "recognizer.safetensors")
+    assert result["stage"] == "float"
+    assert (run / "recognizer.safetensors").read_bytes() == before
+    message = gq_triton.fails("train", *data, *small, "--output", run, "--set", "seed=5")
+    assert "another configuration" in message
+    assert "seed=0 there, 5 here" in message
+    assert "--overwrite" in message
+
+
+def test_overwriting_begins_anew(gq_triton, manifest, tmp_path):
+    data = ("--data", "manifest", "--root", manifest, "--preset", "tiny", "--set", "epochs=1", "--set", "speeds=1")
+    for seed in (0, 1):
+        options = ("--tokenizer", "char", "--overwrite", "--set", f"seed={seed}")
+        gq_triton.succeeds("train", *data, *options, "--output", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["seed"] == 1
+
+
+def test_held_out_speakers_are_measured_and_not_trained_on(gq_triton, manifest, tmp_path):
+    options = ("--preset", "tiny", "--tokenizer", "word", "--set", "epochs=1", "--set", "speeds=1", "--hold-out", 0.5)
+    gq_triton.succeeds("train", "--data", "manifest", "--root", manifest, *options, "--output", tmp_path)
+    assert ",wer," in (tmp_path / "metrics.csv").read_text()
+
+
+def test_quantized_training_keeps_the_widths_asked_for(qat_run):
+    recognizer = Recognizer.load(qat_run / "recognizer.safetensors")
+    assert recognizer.stage == "qat"
+    assert recognizer.quantization["joint.output"] is None
+    assert recognizer.quantization["*"].bits == 3
+    assert list(recognizer.quantization) == ["joint.output", "*"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "an4"), "--data an4 needs --root PATH"),
+        (("--data", "an4", "--root", "nowhere"), "nowhere"),
+        (("--data", "manifest", "--root", "nowhere.tsv"), "nowhere.tsv"),
+        (("--data", "timit"), "'timit'"),
+        (("--set", "epoch=3"), "no training setting is called epoch; allowed: epochs, "),
+        (("--set", "epochs"), "NAME=VALUE is needed"),
+        (("--set", "epochs=0"), "epochs is 0"),
+        (("--preset", "giant"), "'giant'"),
+        (("--hold-out", "1"), "--hold-out"),
+        (("--split", "dev"), "dev"),
+        (("--data", "manifest", "--root", "a.tsv", "--split", "x"), "--split does not go with it"),
+    ],
+)
+def test_a_bad_option_is_named(gq_triton, tmp_path, arguments, message):
+    assert message in gq_triton.fails("train", *arguments, "--output", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say how many bits"),
+        (("--bits", "9"), "--bits"),
+        (("--layer", "joint=9"), "PATTERN=BITS is needed"),
+        (("--layer", "joint"), "PATTERN=BITS is needed"),
+        (("--bits", "4", "--codebook", "int4"), "int4"),
+    ],
+)
+def test_a_bad_width_is_named(gq_triton, run, manifest, tmp_path, arguments, message):
+    data = ("--data", "manifest", "--root", manifest, "--output", tmp_path / "q")
+    assert message in gq_triton.fails("qat", run, *arguments, *data)
+
+
+def test_only_a_float_recognizer_is_quantized(gq_triton, qat_run, tmp_path):
+    message = gq_triton.fails("qat", qat_run, "--bits", 4, "--output", tmp_path / "q")
+    assert "is qat already" in message

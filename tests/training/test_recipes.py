@@ -1,0 +1,52 @@
+import fnmatch
+
+import pytest
+import tones
+import torch
+
+from gq_triton.models.rnnt import RNNT_PRESETS
+from gq_triton.speech.features import LogMel
+from gq_triton.training import recipes
+from gq_triton.training.recipes import ALLOCATIONS, RECIPES
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    return tones.utterances(10)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.preset != "base"])
+def test_every_recipe_builds_a_recognizer_of_its_preset(name, spoken):
+    recipe = RECIPES[name]
+    recognizer = recipe.untrained(spoken, seed=0)
+    assert recognizer.stage == "float"
+    assert recognizer.tokenizer.kind == recipe.tokenizer
+    assert recognizer.model.config.encoder_hidden == RNNT_PRESETS[recipe.preset]["encoder_hidden"]
+    assert recognizer.model.config.vocab_size == recognizer.tokenizer.vocab_size
+
+
+def test_the_seed_draws_the_weights(spoken):
+    first, again, other = (RECIPES["synthetic"].untrained(spoken, seed).model.joint.output.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_features_are_normalised_on_a_sample_of_a_large_set(spoken, monkeypatch):
+    whole = RECIPES["synthetic"].untrained(spoken, 0).front_end.mean
+    monkeypatch.setattr(recipes, "STATISTICS_UTTERANCES", 3)
+    assert torch.equal(RECIPES["synthetic"].untrained(spoken, 0).front_end.mean, sampled_mean(spoken[::4]))
+    assert not torch.equal(whole, sampled_mean(spoken[::4]))
+
+
+def sampled_mean(spoken):
+    front_end = LogMel(**RECIPES["synthetic"].front_end)
+    return front_end.fit(utterance.load() for utterance in spoken).mean
+
+
+def test_the_quickstart_quantizes_every_lstm_it_names(spoken):
+    names = [name for name, _ in RECIPES["synthetic"].untrained(spoken, 0).model.named_modules()]
+    for allocation in ALLOCATIONS.values():
+        for pattern in allocation:
+            assert fnmatch.filter(names, pattern), pattern
+    widths = [config.bits for config in ALLOCATIONS["mixed, LSTMs at 1 bit"].values()]
+    assert widths[0] == widths[1] == 1

@@ -1,0 +1,67 @@
+from dataclasses import replace
+
+import pytest
+import tones
+import torch
+
+import gq_triton as gq
+from gq_triton.speech.recognizer import Recognizer
+from gq_triton.training import SpeechSet, TrainConfig
+from gq_triton.training.evaluation import evaluate
+from gq_triton.training.recipes import ALLOCATIONS, RECIPES
+from gq_triton.training.study import mean_bits, quantize_and_measure, train_quantized, train_recognizer
+
+CONFIG = TrainConfig(epochs=2, batch_size=6, learning_rate=1e-2, evaluate_every=1)
+
+
+@pytest.fixture(scope="module")
+def speech():
+    spoken = tones.utterances(12)
+    made = tones.recognizer(spoken)
+    return SpeechSet(spoken, made.front_end, made.tokenizer, progress=False)
+
+
+def test_a_trained_recognizer_is_saved_and_its_error_rate_logged(speech, tmp_path):
+    recognizer = train_recognizer(
+        tones.recognizer(speech.utterances), speech, CONFIG, tmp_path, held_out=speech, progress=False
+    )
+    saved = Recognizer.load(tmp_path / "recognizer.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), recognizer.parameters(), strict=True))
+    assert not recognizer.training
+    assert (tmp_path / "metrics.csv").read_text().count(",wer,") == 2
+
+
+def test_quantized_training_starts_from_a_copy(speech, tmp_path):
+    float_recognizer = tones.recognizer(speech.utterances)
+    before = float_recognizer.model.joint.output.weight.clone()
+    trained = train_quantized(
+        float_recognizer, {"*": gq.GQConfig(bits=3)}, speech, CONFIG, tmp_path, held_out=speech, progress=False
+    )
+    assert (float_recognizer.stage, trained.stage) == ("float", "qat")
+    assert torch.equal(float_recognizer.model.joint.output.weight, before)
+    assert not torch.equal(trained.model.joint.output.weight, before)
+    assert Recognizer.load(tmp_path / "recognizer.safetensors").stage == "qat"
+
+
+def test_quantized_training_from_other_weights_is_another_run(speech, tmp_path):
+    arguments = ({"*": gq.GQConfig(bits=3)}, speech, CONFIG, tmp_path)
+    train_quantized(tones.recognizer(speech.utterances), *arguments, progress=False)
+    with pytest.raises(ValueError, match="initial_weights"):
+        train_quantized(tones.recognizer(speech.utterances, seed=1), *arguments, progress=False)
+
+
+def test_a_row_says_what_its_file_does(speech, tmp_path):
+    recognizer = tones.recognizer(speech.utterances)
+    name = "mixed, LSTMs at 1 bit"
+    recipe = replace(RECIPES["synthetic"], qat=CONFIG, beam_width=2)
+    row = quantize_and_measure(recognizer, name, recipe, speech, speech, tmp_path, progress=False)
+    packed = Recognizer.load(tmp_path / row.file)
+    report = gq.report(packed.model)
+    assert packed.stage == "packed"
+    untrained = recognizer.packed_copy(ALLOCATIONS[name])
+    assert evaluate(packed, speech, beam_width=2, progress=False).wer == row.qat_wer
+    assert evaluate(untrained, speech, beam_width=2, progress=False).wer == row.ptq_wer
+    assert (row.bytes, row.ratio) == (report.bytes, report.ratio)
+    assert row.bits == mean_bits(report)
+    assert 1 < row.bits < 4
+    assert {"name", "bits", "ptq_wer", "qat_wer", "bytes", "ratio"} <= row.to_dict().keys()

@@ -1,0 +1,212 @@
+import json
+
+import pytest
+import tones
+import torch
+
+import gq_triton as gq
+from gq_triton.files import load_tensors
+from gq_triton.training import SpeechSet, TrainConfig, Trainer
+from gq_triton.training.log import read_metrics
+
+CONFIG = TrainConfig(
+    epochs=3,
+    batch_size=4,
+    learning_rate=1e-2,
+    ctc_weight=0.3,
+    curriculum_epochs=1,
+    average_decay=0.8,
+    speeds=(0.9, 1.0),
+    evaluate_every=2,
+    checkpoint_every=3,
+    log_every=1,
+)
+TOTAL = 9  # steps
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    return tones.utterances(12)
+
+
+@pytest.fixture(scope="module")
+def speech(spoken):
+    made = tones.recognizer(spoken)
+    return SpeechSet(spoken, made.front_end, made.tokenizer, speeds=CONFIG.speeds, progress=False)
+
+
+def new_model(spoken, quantized: bool = False, **changes) -> torch.nn.Module:
+    recognizer = tones.recognizer(spoken, **changes)
+    return recognizer.prepare(gq.GQConfig(bits=3)).model if quantized else recognizer.model
+
+
+def trainer(model, speech, output, config=CONFIG, **options) -> Trainer:
+    return Trainer(model, speech, config, output, progress=False, **options)
+
+
+def losses(output) -> list[float]:
+    return [value for _, name, value in read_metrics(output / "metrics.csv") if name == "loss"]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_training_lowers_the_loss(spoken, speech, tmp_path, quantized):
+    config = TrainConfig(epochs=12, batch_size=4, learning_rate=2e-2, log_every=1)
+    trainer(new_model(spoken, quantized), speech, tmp_path, config).run()
+    history = losses(tmp_path)
+    assert len(history) == 36
+    assert sum(history[-3:]) < 0.6 * sum(history[:3])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("stop", [4, 5, 6])
+def test_an_interrupted_run_ends_with_the_same_weights(spoken, speech, tmp_path, monkeypatch, quantized, stop):
+    whole = trainer(new_model(spoken, quantized), speech, tmp_path / "whole").run()
+
+    broken = trainer(new_model(spoken, quantized), speech, tmp_path / "broken")
+    update = broken._update
+
+    def update_until_killed(*arguments):
+        if broken.step == stop:
+            raise Killed
+        return update(*arguments)
+
+    monkeypatch.setattr(broken, "_update", update_until_killed)
+    with pytest.raises(Killed):
+        broken.run()
+    _, state = load_tensors(tmp_path / "broken" / "checkpoint.safetensors")
+    assert state["step"] == stop - stop % 3
+
+    torch.manual_seed(1234)  # nothing may depend on the state a new process happens to be in
+    resumed = trainer(new_model(spoken, quantized), speech, tmp_path / "broken").run()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    whole_rows, resumed_rows = (read_metrics(tmp_path / run / "metrics.csv") for run in ("whole", "broken"))
+    assert whole_rows == resumed_rows
+
+
+def test_the_average_of_the_parameters_is_evaluated_and_returned(spoken, speech, tmp_path):
+    config = TrainConfig(epochs=2, batch_size=4, learning_rate=1e-2, average_decay=0.5, evaluate_every=1)
+    model = new_model(spoken)
+    run = trainer(model, speech, tmp_path, config, evaluate=lambda: {"norm": float(model.joint.output.bias.norm())})
+    trail = []
+    update = run._update
+
+    def follow(*arguments):
+        result = update(*arguments)
+        trail.append(model.joint.output.bias.detach().clone())
+        return result
+
+    run._update = follow
+    run.run()
+    average = trail[0]  # the first update starts the average
+    for value in trail[1:]:
+        average = 0.5 * average + 0.5 * value
+    torch.testing.assert_close(model.joint.output.bias.detach(), average, rtol=1e-5, atol=1e-7)
+    evaluated = [value for _, name, value in read_metrics(tmp_path / "metrics.csv") if name == "norm"]
+    assert evaluated[-1] == pytest.approx(float(average.norm()), rel=1e-5)
+
+
+def test_a_curriculum_begins_with_the_shortest(spoken, speech, tmp_path):
+    config = TrainConfig(epochs=2, batch_size=3, curriculum_epochs=1)
+    run = trainer(new_model(spoken), speech, tmp_path, config)
+    longest = [int(batch.feature_lengths.max()) for batch, _ in run._batches()]
+    assert longest[:4] == sorted(longest[:4])
+    assert longest[:4] != longest[4:]
+
+
+def test_a_finished_run_is_not_repeated(spoken, speech, tmp_path):
+    first = trainer(new_model(spoken), speech, tmp_path).run()
+    again = trainer(new_model(spoken, seed=7), speech, tmp_path)
+    again._update = None  # calling it would fail
+    again.run()
+    assert torch.equal(again.model.joint.output.weight, first.joint.output.weight)
+
+
+def test_seeds_lead_to_different_weights(spoken, speech, tmp_path):
+    weights = [
+        trainer(new_model(spoken), speech, tmp_path / str(seed), TrainConfig(epochs=1, batch_size=4, seed=seed)).run()
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(weights[0].joint.output.weight, weights[1].joint.output.weight)
+
+
+def test_metrics_are_logged_and_evaluated_when_due(spoken, speech, tmp_path):
+    modes = []
+    model = new_model(spoken)
+
+    def evaluate():
+        modes.append(model.training)
+        return {"wer": 0.25}
+
+    trainer(model, speech, tmp_path, evaluate=evaluate).run()
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [step for step, name, _ in rows if name == "loss"] == list(range(TOTAL))
+    assert [(step, value) for step, name, value in rows if name == "wer"] == [(5, 0.25), (8, 0.25)]
+    assert modes == [False, False]
+    rates = [value for _, name, value in rows if name == "learning_rate"]
+    assert rates == [pytest.approx(CONFIG.learning_rate * CONFIG.rate(step, TOTAL)) for step in range(TOTAL)]
+
+
+def test_a_run_of_another_configuration_is_not_touched(spoken, speech, tmp_path):
+    trainer(new_model(spoken), speech, tmp_path, description={"preset": "a"}).run()
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    other = TrainConfig(**{**CONFIG.__dict__, "epochs": 4})
+    with pytest.raises(ValueError, match=r"another configuration: train is epochs=3 there, 4 here"):
+        trainer(new_model(spoken), speech, tmp_path, other, description={"preset": "a"})
+    with pytest.raises(ValueError, match="preset is 'a' there, 'b' here"):
+        trainer(new_model(spoken), speech, tmp_path, description={"preset": "b"})
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    fresh = trainer(new_model(spoken), speech, tmp_path, other, overwrite=True)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+    fresh.run()
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["epochs"] == 4
+
+
+def test_a_damaged_checkpoint_is_named(spoken, speech, tmp_path):
+    trainer(new_model(spoken), speech, tmp_path).run()
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors .* damaged"):
+        trainer(new_model(spoken), speech, tmp_path).run()
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(spoken, speech, tmp_path):
+    model = new_model(spoken)
+    run = trainer(model, speech, tmp_path)
+    update = run._update
+
+    def poisoned(*arguments):
+        if run.step == 4:
+            model.joint.output.weight.data.fill_(float("nan"))
+        return update(*arguments)
+
+    run._update = poisoned
+    with pytest.raises(FloatingPointError, match="loss is nan at step"):
+        run.run()
+    tensors, state = load_tensors(tmp_path / "checkpoint.safetensors")
+    assert state["step"] == 3
+    assert all(torch.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("objective."))
+
+
+def test_only_quantized_models_are_annealed(spoken, speech, tmp_path):
+    config = TrainConfig(epochs=2, batch_size=4, hardness=(3.0, 30.0))
+    model = new_model(spoken, quantized=True)
+    trainer(model, speech, tmp_path / "qat", config).run()
+    hardness = [float(buffer) for name, buffer in model.named_buffers() if name.endswith("hardness")]
+    assert hardness == [pytest.approx(30.0)] * len(hardness) != []
+    assert trainer(new_model(spoken), speech, tmp_path / "float", config).annealer is None
+
+
+def test_augmentation_changes_what_is_learned(spoken, speech, tmp_path):
+    def weight(name, **settings):
+        config = TrainConfig(epochs=1, batch_size=4, **settings)
+        model = new_model(spoken, dropout=0.0)
+        return trainer(model, speech, tmp_path / name, config).run().joint.output.weight
+
+    plain = weight("plain", freq_masks=0, time_masks=0)
+    assert torch.equal(plain, weight("again", freq_masks=0, time_masks=0, evaluate_every=1))
+    assert not torch.equal(plain, weight("masked", freq_masks=2, time_masks=2))
