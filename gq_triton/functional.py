@@ -1,7 +1,8 @@
 """The quantizer and its packed operations as pure functions, the same on every device.
 
-Shapes: a weight has C channels along its first dimension; a scale is one per channel, ``(C,)``, or one for the tensor, ``(1,)``;
-``centroids`` are K = 2**bits sorted values in companded space. The mathematics is in the modules of `gq_triton.kernels`.
+Shapes: a weight has C channels along its first dimension; a scale is one per channel, ``(C,)``, or one for the tensor,
+``(1,)``; ``centroids`` are K = 2**bits sorted values in companded space. The mathematics is in the modules of
+`gq_triton.kernels`.
 """
 
 from __future__ import annotations
@@ -44,25 +45,30 @@ def fake_quantize(
     codebook_dtype: str | None = None,
     straight_through: float = 0.0,
 ) -> Tensor:
-    """General Quantizer (arXiv 2210.09188, section 2): replace each weight by a mixture of centroids, or by the nearest one.
+    """General Quantizer (arXiv 2210.09188, section 2): replace each weight by a mixture of centroids, or by the nearest
+    one.
 
     Args:
-        weight: ``(C, ...)``, float32, bfloat16, float16 or float64; float64 is computed in float64, all else in float32.
+        weight: ``(C, ...)``, float32, bfloat16, float16 or float64; float64 is computed in float64, all else in
+        float32.
         scale: ``(C,)`` or ``(1,)``, >= 0; a channel of scale 0 gives zeros.
         centroids: ``(K,)``, sorted, within [-1, 1], K = 2, 4, .., 256.
         mu: companding, >= 0 (0 is uniform); a number or a tensor of one element, which may require a gradient.
         hardness: a of ``softmax(-a |y - z| / D)``, finite and > 0; a number or a tensor of one element.
-        forward: ``"hard"`` computes the nearest centroid and differentiates the mixture, ``"soft"`` computes the mixture.
-        codebook_dtype: dtype to which the codebook is snapped: ``"float"`` or None (not at all), ``"int8"``, ``"fp8"`` (e4m3).
+        forward: ``"hard"`` computes the nearest centroid and differentiates the mixture, ``"soft"`` computes the
+        mixture.
+        codebook_dtype: dtype to which the codebook is snapped: ``"float"`` or None (not at all), ``"int8"``, ``"fp8"``
+        (e4m3).
         straight_through: share of the identity, 0 to 1, in the gradient of the weight.
 
     Returns:
-        The quantized weight, contiguous, in the weight's shape and dtype. Hard values are ``float32(scale) * float32(c)``, then
-        cast. A weight that is not finite gives NaN at its place. Gradients reach weight, scale, centroids and mu; a weight beyond
-        the outer centroids receives the derivative of the border.
+        The quantized weight, contiguous, in the weight's shape and dtype. Hard values are ``float32(scale) *
+        float32(c)``, then cast. A weight that is not finite gives NaN at its place. Gradients reach weight, scale,
+        centroids and mu; a weight beyond the outer centroids receives the derivative of the border.
 
     Raises:
-        TypeError, ValueError: on a wrong dtype, shape or option; on the CPU also on a negative scale or unsorted centroids.
+        TypeError, ValueError: on a wrong dtype, shape or option; on the CPU also on a negative scale or unsorted
+        centroids.
     """
     _check_quantizer(weight, scale, centroids, mu)
     _check_option("forward", forward, ("hard", "soft"))
@@ -92,14 +98,15 @@ def encode(weight: Tensor, scale: Tensor, centroids: Tensor, *, mu: float | Tens
 
 
 def codebook(centroids: Tensor, *, mu: float | Tensor, dtype: str | None = None) -> Tensor:
-    """Deployed codebook values (K,) float32 of ``centroids`` (K,), snapped to ``dtype`` (None, "float", "int8" or "fp8")."""
+    """Deployed codebook values (K,), float32, of ``centroids`` (K,); ``dtype`` is None, "float", "int8" or "fp8"."""
     _check_centroids(centroids)
     _check_option("dtype", dtype, (None, "float", "int8", "fp8"))
     return _tables.codebook(centroids, _scalar("mu", mu, centroids.device), dtype).float()
 
 
 def decode(codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    """``scale[c] * codebook[code]``, float32, one product: ``codes`` (C, ...) uint8, ``scale`` (C,) or (1,), ``codebook`` (K,).
+    """``scale[c] * codebook[code]``, float32, one product: ``codes`` (C, ...) uint8, ``scale`` (C,) or (1,),
+    ``codebook`` (K,).
 
     Equals the hard `fake_quantize` of the encoded weight bit for bit.
     """
@@ -111,7 +118,7 @@ def decode(codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack ``codes`` (any shape, uint8, below 2**bits) into bit planes, 1-D uint8; layout in `gq_triton.kernels.packing`."""
+    """Pack ``codes`` (any shape, uint8, < 2**bits) into bit planes, 1-D uint8; layout in `kernels.packing`."""
     _check_bits(bits)
     _check_dtype("codes", codes, torch.uint8)
     return _packing.pack(codes, bits)
@@ -124,7 +131,8 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def quantize_activations(x: Tensor, dtype: str) -> Tensor:
-    """Fake-quantize ``x`` (..., features) to ``dtype`` ("int8" or "fp8") with one dynamic scale per token, max|x| / 127 or / 448.
+    """Fake-quantize ``x`` (..., features) to ``dtype`` ("int8" or "fp8") with one dynamic scale per token, max|x| / 127
+    or / 448.
 
     The gradient passes straight through. A token that is not finite becomes NaN.
     """
@@ -215,7 +223,7 @@ def packed_embedding(
     return _packed_embedding.packed_embedding(indices, packed, values, scale, bits, embedding_dim)
 
 
-# --- validation --------------------------------------------------------------------------------------------------------------
+# --- validation -------------------------------------------------------------------------------------------------------
 
 
 def _check_option(name: str, value: object, allowed: tuple) -> None:
@@ -254,7 +262,9 @@ def _check_scale(scale: Tensor, rows: Tensor, name: str) -> None:
 def _check_centroids(centroids: Tensor) -> None:
     _check_dtype("centroids", centroids, *_FLOATS)
     if centroids.dim() != 1 or centroids.numel() not in [2**bits for bits in range(1, 9)]:
-        raise ValueError(f"centroids must have shape (K,) with K a power of two, 2 to 256, got {tuple(centroids.shape)}")
+        raise ValueError(
+            f"centroids must have shape (K,) with K a power of two, 2 to 256, got {tuple(centroids.shape)}"
+        )
 
 
 def _check_bits(bits: int) -> None:
@@ -267,7 +277,9 @@ def _check_packed(packed: Tensor, bits: int, count: int) -> None:
     _check_dtype("packed", packed, torch.uint8)
     expected = _packing.packed_bytes(count, bits)
     if packed.shape != (expected,):
-        raise ValueError(f"packed must have shape ({expected},) for {count} codes of {bits} bits, got {tuple(packed.shape)}")
+        raise ValueError(
+            f"packed must have shape ({expected},) for {count} codes of {bits} bits, got {tuple(packed.shape)}"
+        )
 
 
 def _check_codebook(codebook: Tensor, bits: int) -> Tensor:

@@ -18,7 +18,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class PackedFileError(ValueError):
     """A packed file is damaged, is not one, or does not fit the model."""
 
 
-def save_packed(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+def save_packed(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a packed model to a safetensors file, atomically; the layout is in this module's docstring.
 
     Args:
@@ -87,7 +86,7 @@ def save_packed(model: nn.Module, path: str | PathLike[str], metadata: Mapping[s
     write_atomically(path, lambda temporary: save_file(copies, temporary, {**metadata, _KEY: header}))
 
 
-def load_packed(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
+def load_packed(model: nn.Module, path: str | Path) -> nn.Module:
     """Turns a float model into the packed one of a file, in place.
 
     Args:
@@ -109,7 +108,9 @@ def load_packed(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         header = _read_header(file)
         plan = _plan(model, header)
         readers = readers_of(model, [target.layer for target in plan])
-        _check_layout(file, header, _expected_layout(model, plan, header))
+        layout = _expected_layout(model, plan, header)
+        _check_layout(file, header, layout)
+        _check_sharing(model, layout, header)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check_values(header, tensors)
         packed = _empty_weights(plan, header)
@@ -122,7 +123,7 @@ def load_packed(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     return model
 
 
-def read_metadata(path: str | PathLike[str]) -> dict[str, str]:
+def read_metadata(path: str | Path) -> dict[str, str]:
     """Returns the caller's metadata of a packed file.
 
     Raises:
@@ -192,7 +193,7 @@ class _Header:
 
 
 @contextmanager
-def _open(path: str | PathLike[str]) -> Iterator[Any]:
+def _open(path: str | Path) -> Iterator[Any]:
     """Opens a safetensors file. What is found wrong while it is open becomes a PackedFileError that names it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
@@ -270,7 +271,7 @@ def _expected_layout(model: nn.Module, plan: list[Target], header: _Header) -> _
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"the model has state that is not a tensor: {name}")
-        dtypes = _FLOAT_NAMES if tensor.is_floating_point() else (_DTYPE_NAMES[tensor.dtype],)
+        dtypes = _FLOAT_NAMES if tensor.is_floating_point() else (_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),)
         layout[name] = (tuple(tensor.shape), dtypes)
     for target in plan:
         for layer_name in target.layer_names:
@@ -279,7 +280,6 @@ def _expected_layout(model: nn.Module, plan: list[Target], header: _Header) -> _
                 renamed = join(layer_name, piece.rpartition(".")[2])
                 for buffer, (size, dtype) in packed_layout(header.configs[piece], shape).items():
                     layout[f"{renamed}_packed.{buffer}"] = (size, (_DTYPE_NAMES[dtype],))
-    _check_sharing(model, layout, header)
     return layout
 
 

@@ -282,16 +282,17 @@ def _convert(model: nn.Module) -> None:
     if not layers:
         raise ValueError("model has no prepared layer to convert: call quantize_(model, config, step='prepare') first")
     warn_of_bypassed(model)
-    packed: dict[WeightQuantizer, dict[str, PackedWeight]] = {}
+    packed: dict[tuple[WeightQuantizer, int], dict[str, PackedWeight]] = {}
     for layer_name, layer in layers.items():
         for name, quantizer in layer.quantizers().items():
-            if quantizer not in packed:
-                packed[quantizer] = _pack(join(layer_name, name), layer, name, quantizer)
+            key = quantizer, id(getattr(layer, name))
+            if key not in packed:
+                packed[key] = _pack(join(layer_name, name), layer, name, quantizer)
     for layer in layers.values():
         quantizers = layer.quantizers()
         become(layer, "packed")
         for name, quantizer in quantizers.items():
-            layer.attach(name, packed[quantizer])
+            layer.attach(name, packed[quantizer, id(getattr(layer, name))])
 
 
 def _pack(full_name: str, layer: QATLayer, name: str, quantizer: WeightQuantizer) -> dict[str, PackedWeight]:

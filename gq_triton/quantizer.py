@@ -65,6 +65,10 @@ class WeightQuantizer(FixedDtypeModule):
         trained: whether a training forward pass ran; tells apart weights that are read behind the quantizer's back.
     """
 
+    log_scale: Tensor
+    centroid_logits: Tensor
+    log_mu: Tensor
+    mu: Tensor
     hardness: Tensor
 
     def __init__(self, config: GQConfig, channels: int, device: torch.device | None = None) -> None:
@@ -138,6 +142,7 @@ class WeightQuantizer(FixedDtypeModule):
             straight_through=self.config.straight_through,
         )
 
+    @torch.compiler.disable  # what it decides by changes at every step
     def _quantize_periodically(self, weight: Tensor) -> Tensor:
         value, version, updates = self._cache or (None, -1, self.config.requantize_every)
         # An optimizer step bumps the version; several forward passes between two steps count once.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gq_triton.layers import PackedWeight, QATLayer
@@ -83,6 +84,7 @@ class Report:
         return "\n".join(lines)
 
 
+@torch.no_grad()
 def report(model: nn.Module) -> Report:
     """Counts the bytes of a float, prepared or packed model; what is shared counts once.
 

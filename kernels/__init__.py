@@ -1,1 +1,1 @@
-"""Kernels and their custom operators: one file per operation, read top to bottom from the mathematics to the registration."""
+"""Kernels and their custom operators: one file per operation, from the mathematics down to the registration."""

@@ -4,9 +4,9 @@ Mathematics.  For each vector v of the last dimension, with limit Q = 127 (int8)
 
     s = max|v| / Q        v' = s round(v / s)
 
-where round goes to the nearest integer (int8, ties to even) or e4m3 number (fp8).  No entry is ever clipped, so the gradient passes
-straight through.  Computed in float32 with true divisions, so that every device agrees; a vector of zeros stays zero, one that is
-not finite becomes NaN.
+where round goes to the nearest integer (int8, ties to even) or e4m3 number (fp8).  No entry is ever clipped, so the
+gradient passes straight through.  Computed in float32 with true divisions, so that every device agrees; a vector of
+zeros stays zero, one that is not finite becomes NaN.
 """
 
 from __future__ import annotations

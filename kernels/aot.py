@@ -24,7 +24,12 @@ from gq_triton.kernels.backend import INTERPRETED, next_power_of_2, triton
 
 __all__ = ["PARTS", "SHARED_LIMITS", "Usage", "compile_variant", "variants"]
 
-PARTS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+PARTS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes per block
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -56,6 +61,7 @@ def variants(bits: int, dtype: str = "fp32") -> Iterator[Variant]:
     weight = {"weight": f"*{dtype}", "scale": "*fp32"}
     sizes = {"rows": "i32", "columns": "i32"}
     tile = {"BITS": bits, "ROWS": 1, "COLS": fake_quantize.TILE}
+    narrow = {**tile, "COLS": fake_quantize.backward_tile(bits)}
     for soft in (False, True):
         name = f"fake_quantize_{'soft' if soft else 'hard'}"
         arguments = {**weight, "table": "*fp32", "out": f"*{dtype}", **sizes, "SOFT": soft, **tile}
@@ -63,7 +69,8 @@ def variants(bits: int, dtype: str = "fp32") -> Iterator[Variant]:
     outputs = {"dweight": f"*{dtype}", "dscale": "*fp32", "dtable": "*fp32"}
     inputs = {"grad": f"*{dtype}", **weight, "table": "*fp32"}
     options = {"straight_through": "fp32", "TABLE_GRAD": True, "ONE_HOT": triton.language.bfloat16}
-    yield Variant("fake_quantize_backward", fake_quantize._backward_kernel, {**inputs, **outputs, **sizes, **options, **tile}, 1)
+    arguments = {**inputs, **outputs, **sizes, **options, **narrow}
+    yield Variant("fake_quantize_backward", fake_quantize._backward_kernel, arguments, warps=1)
     arguments = {**weight, "borders": "*fp32", "codes": "*u8", **sizes, **tile}
     yield Variant("encode", fake_quantize._encode_kernel, arguments)
     codes = {"packed": "*u8", "values": "*fp32", "scale": "*fp32"}
@@ -80,7 +87,7 @@ def variants(bits: int, dtype: str = "fp32") -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant, part: str) -> Any:
-    """The compiled kernel (`triton.compiler.CompiledKernel`); pointers and sizes are taken as multiples of 16, as they mostly are."""
+    """The compiled kernel, a `triton.compiler.CompiledKernel`; pointers and sizes are taken as multiples of 16."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1")
     names = variant.kernel.arg_names
@@ -90,7 +97,9 @@ def compile_variant(variant: Variant, part: str) -> Any:
     aligned = [names.index(name) for name, kind in runtime.items() if kind != "fp32"]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = triton.compiler.ASTSource(variant.kernel, signature, constants, attributes)
-    return triton.compile(source, target=triton.backends.compiler.GPUTarget(*PARTS[part]), options={"num_warps": variant.warps})
+    return triton.compile(
+        source, target=triton.backends.compiler.GPUTarget(*PARTS[part]), options={"num_warps": variant.warps}
+    )
 
 
 def _is_type(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The one place that knows whether triton is there.
 
-Kernels are declared with `jit` from here and launched under `launching`; without triton the package imports and runs on the CPU, and a
-tensor on a GPU is a clear error.
+Kernels are declared with `jit` from here and launched under `launching`; without triton the package imports and runs on
+the CPU, and a tensor on a GPU is a clear error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ except ImportError:
 
 __all__ = ["INTERPRETED", "cdiv", "jit", "launching", "next_power_of_2", "tl"]
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy, which has no bfloat16
+# TRITON_INTERPRET=1: kernels run on the CPU in numpy, which has no bfloat16.
+INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
 
 
 def jit(kernel: Any) -> Any:

@@ -1,24 +1,26 @@
 """Fake quantization of a weight: hard and soft forward, their shared backward, and encoding.
 
-Mathematics (arXiv 2210.09188; notation and tables in `gq_triton.kernels.tables`).  A weight w of channel c with scale s > 0:
+Mathematics (arXiv 2210.09188; notation and tables in `gq_triton.kernels.tables`).  For a weight w of a channel with
+scale s > 0:
 
     x = w / s                      y = F(clamp(x, F^-1(z_0), F^-1(z_{K-1})))
     hard = s c_code                code = how many thresholds t_i satisfy fp32(s t_i) < w
-    soft = s q,  q = A_j + J_j sigma(u),  u = k y + o_j,  j = how many inner edges lie below y
+    soft = s q                     q = A_j + J_j sigma,  sigma = sigmoid(k y + o_j),  j = how many edges lie below y
 
-Backward, of both (hard uses the derivative of soft), for an incoming gradient g and a straight-through share h in [0, 1]:
+Backward, of both (hard uses the derivative of soft), for an incoming gradient g and a straight-through share h:
 
     dq/dx = J_j k sigma (1 - sigma) F'(x)        m = (1 - h) dq/dx + h
     dw = g m                                     ds = sum over the channel of g (q - [x not clamped] x m)
 
-with dq/dx taken at the clamped x: a weight beyond the outer centroids keeps the derivative of the border, or it could never return.
-The gradient of the table, summed over all weights with G = g s and d = sigma (1 - sigma), is
+with dq/dx taken at the clamped x: a weight beyond the outer centroids keeps the derivative of the border, or it could
+never return.  The gradient of the table, summed over all weights with G = g s and d = J_j sigma (1 - sigma), is
 
-    dA_j = sum_j G    dJ_j = sum_j G sigma    do_j = sum_j G J_j d    dk = sum G J d y    dmu = sum_{not clamped} G J k d dF/dmu
-    dz_0 = sum_{clamped to z_0} G J k d     and so for z_{K-1}
+    dA_j = sum_j G          dJ_j = sum_j G sigma               do_j = sum_j G d
+    dk = sum G d y          dmu = k sum_{not clamped} G d dF/dmu
+    dz_0 = k sum_{clamped to z_0} G d                          and likewise z_{K-1}
 
-Everything is computed in float32 (float64 for float64 weights).  A channel of scale 0 gives exact zeros.  A weight that is not
-finite gives NaN at its place.
+where sum_j runs over the weights of cell j.  Everything is computed in float32 (float64 for float64 weights).  A
+channel of scale 0 gives exact zeros.  A weight that is not finite gives NaN at its place, and NaN gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ BINS = 4096  # of the look-up table that finds a code's neighbourhood at once
 CHUNK = 1 << 16  # weights per step on the CPU: its temporaries stay in the second-level cache
 
 
-# --- reference ---------------------------------------------------------------------------------------------------------------
+# --- reference --------------------------------------------------------------------------------------------------------
 
 
 def reference(
@@ -52,7 +54,8 @@ def reference(
     forward: str = "soft",
     squared: bool = False,
 ) -> Tensor:
-    """The definition, with one probability for every weight and centroid; differentiable by autograd, in the dtype it is given.
+    """The definition, with one probability for every weight and centroid, in the dtype it is given; arguments as those
+    of `gq_triton.functional.fake_quantize`, with the codebook ``values`` (K,) and a 0-d ``mu``.
 
     ``squared`` takes the squared instead of the absolute distance (an ablation; the kernels have no such form).
     """
@@ -67,11 +70,11 @@ def reference(
     return column * (probability * values).sum(-1)
 
 
-# --- CPU ---------------------------------------------------------------------------------------------------------------------
+# --- CPU --------------------------------------------------------------------------------------------------------------
 
 
 class _Counter:
-    """Counts the borders below each value: one look-up, then as many comparisons as borders can share its neighbourhood."""
+    """Counts the borders below each value: one look-up, then as many comparisons as a bin and its neighbours need."""
 
     def __init__(self, borders: Tensor):
         """``borders``: sorted, within [-1, 1] or infinite."""
@@ -115,7 +118,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 class _Curve:
-    """The elementwise part of soft quantization on one block of x = weight / scale; names as in the module docstring."""
+    """The elementwise part of soft quantization on a block of x = weight / scale; names as in the module docstring."""
 
     def __init__(self, x: Tensor, table: Table, count: _Counter):
         self.k, mu, self.low, self.high = table.curve.tolist()
@@ -142,7 +145,7 @@ class _Curve:
 
     def companding_slope_mu(self) -> Tensor:
         """dF/dmu at x"""
-        if self.mu < 1e-3:  # the closed form cancels
+        if self.mu < 4e-3:  # the closed form cancels in float32; the series errs by mu^2
             size = self.stretch / self.mu
             return self.x * (1 - size) * (0.5 - self.mu / 6 * (1 + 4 * size))
         return self.x / (self.stretch + 1) / self.log - self.y / (self.log * (1 + self.mu))
@@ -165,7 +168,7 @@ def _forward_cpu(weight: Tensor, scale: Tensor, table: Tensor, soft: bool) -> Te
             unit = _Curve(w * inverse[block[0]], parts, count).value(parts)
         else:
             unit = _take(parts.values, count(w / s, s, w))
-        torch.add(unit.mul_(s), w - w, out=flat[block])  # NaN where w is not finite, else +0, which turns -0 into +0 too
+        torch.add(unit.mul_(s), w - w, out=flat[block])  # w - w: NaN where w is not finite, else +0 (and -0 + 0 is +0)
     return out
 
 
@@ -216,16 +219,17 @@ def _add_table_grad(sums: Table, curve: _Curve, g: Tensor, spread: Tensor, insid
     inner_y, outer_y, outer_sum = _dot(inner, curve.y), _dot(outer, curve.y), outer.sum().item()
     above = (outer_y - curve.low * outer_sum) / (curve.high - curve.low)
     dmu = _dot(inner, curve.companding_slope_mu())
-    sums.curve.add_(torch.tensor([inner_y + outer_y, curve.k * dmu, curve.k * (outer_sum - above), curve.k * above], dtype=torch.float64))
+    dk, dlow, dhigh = inner_y + outer_y, curve.k * (outer_sum - above), curve.k * above
+    sums.curve.add_(torch.tensor([dk, curve.k * dmu, dlow, dhigh], dtype=sums.curve.dtype))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
     return torch.dot(a.view(-1), b.view(-1)).item()
 
 
-# --- Triton ------------------------------------------------------------------------------------------------------------------
-# A tile is ROWS channels by COLS weights.  Offsets are 64-bit.  The parts of the flat table begin at: thresholds 0, values
-# LEVELS - 1, edges 2 LEVELS - 1, bounds 3 LEVELS - 3, A 3 LEVELS - 1, J 4 LEVELS - 2, o 5 LEVELS - 3, curve 6 LEVELS - 4.
+# --- Triton -----------------------------------------------------------------------------------------------------------
+# A tile is ROWS channels by COLS weights; offsets are 64-bit.  With K = LEVELS, the parts of the flat table begin at:
+# thresholds 0, values K - 1, edges 2 K - 1, bounds 3 K - 3, A 3 K - 1, J 4 K - 2, o 5 K - 3, curve 6 K - 4.
 
 
 @jit
@@ -281,7 +285,16 @@ def _soft(x, table, BITS: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    weight, scale, table, out, rows, columns, SOFT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    weight,
+    scale,
+    table,
+    out,
+    rows,
+    columns,
+    SOFT: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     LEVELS: tl.constexpr = 1 << BITS
     row, offset, mask = _tile(tl.program_id(0).to(tl.int64), rows, columns, ROWS, COLS)
@@ -317,11 +330,46 @@ def _add_dot(sums, ones, total):
 
 @jit
 def _companding_slope_mu(clamped, y, stretch, mu, log):
-    """dF/dmu; the closed form cancels for small mu."""
+    """dF/dmu; the closed form cancels for small mu, where the series errs by mu^2."""
     size = tl.abs(clamped)
     series = clamped * (1.0 - size) * (0.5 - mu / 6.0 * (1.0 + 4.0 * size))
     closed = clamped / (stretch + 1.0) / log - y / (log * (1.0 + mu))
-    return tl.where(mu < 1e-3, series, closed)
+    return tl.where(mu < 4e-3, series, closed)
+
+
+@jit
+def _add_cell_sums(cell, g, moved, through, mass, raised, passed, ONE_HOT: tl.constexpr, BITS: tl.constexpr):
+    """Add the sums of g, moved and through (1, n) over the weights of every cell: one-hot matrices times vectors.
+
+    Up to 4 bits the three sums are rows 0, 1, 2 of ``mass`` and the cell is the column; above, each has its own matrix
+    and the cell's two base-16 digits are row and column.
+    """
+    digit = tl.arange(0, 16)
+    ones = (tl.reshape(cell % 16, (cell.shape[1], 1)) == digit[None, :]).to(ONE_HOT)
+    if BITS <= 4:
+        row = digit[:, None]
+        sums = tl.where(row == 0, g, tl.where(row == 1, moved, tl.where(row == 2, through, 0.0)))
+        mass = _add_dot(sums, ones, mass)
+    else:
+        here = cell // 16 == digit[:, None]
+        mass = _add_dot(tl.where(here, g, 0.0), ones, mass)
+        raised = _add_dot(tl.where(here, moved, 0.0), ones, raised)
+        passed = _add_dot(tl.where(here, through, 0.0), ones, passed)
+    return mass, raised, passed
+
+
+@jit
+def _store_cell_sums(start, mass, raised, passed, BITS: tl.constexpr):
+    """Write what `_add_cell_sums` added up as the gradients of A, J and o, in the table's order."""
+    CELLS: tl.constexpr = (1 << BITS) - 1
+    row, column = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    if BITS <= 4:
+        tl.store(start + row * CELLS + column, mass, mask=(row < 3) & (column < CELLS))
+    else:
+        cell = row * 16 + column
+        tl.store(start + cell, mass, mask=cell < CELLS)
+        tl.store(start + CELLS + cell, raised, mask=cell < CELLS)
+        tl.store(start + 2 * CELLS + cell, passed, mask=cell < CELLS)
 
 
 @jit
@@ -346,12 +394,12 @@ def _backward_kernel(
     SIZE: tl.constexpr = ROWS * COLS
     across = tl.cdiv(columns, COLS)
     k, mu = tl.load(table + (6 * LEVELS - 4)), tl.maximum(tl.load(table + (6 * LEVELS - 3)), 1e-20)
-    low, high = tl.load(table + (6 * LEVELS - 2)), tl.load(table + (6 * LEVELS - 1))
     log = _log1p(mu)
-    digit = tl.arange(0, 16)
-    mass = tl.zeros((16, 16), tl.float32)  # up to 4 bits its rows 0, 1, 2 are the three sums of every cell,
-    raised = tl.zeros((16, 16), tl.float32)  # above each matrix is one sum, by the cell's two digits
-    passed = tl.zeros((16, 16), tl.float32)
+    mass, raised, passed = (
+        tl.zeros((16, 16), tl.float32),
+        tl.zeros((16, 16), tl.float32),
+        tl.zeros((16, 16), tl.float32),
+    )
     dk, dmu, dlow, dhigh = 0.0, 0.0, 0.0, 0.0
     # One stage: a pipelined loop would carry every dependent look-up of the bisection across iterations.
     for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS) * across, tl.num_programs(0), num_stages=1):
@@ -366,57 +414,45 @@ def _backward_kernel(
         slope = (1.0 - straight_through) * k * spread * (mu / log) / (stretch + 1.0) + straight_through + (w - w)
         tl.store(dweight + offset, (g * slope).to(dweight.dtype.element_ty), mask=mask)
         inside = clamped == x
-        partial = tl.sum(g * (q - tl.where(inside, x * slope, 0.0)), axis=1)
+        partial = tl.sum(g * (q - tl.where(inside, x, 0.0) * slope), axis=1)
         tl.store(dscale + (tile % across) * rows + row, partial, mask=row < rows)
         if TABLE_GRAD:
             g = g * s + (w - w)
             through = g * spread
             inner = tl.where(inside, through, 0.0)
-            outer = through - inner
             dk += tl.sum(through * y)
             dmu += k * tl.sum(inner * _companding_slope_mu(clamped, y, stretch, mu, log))
-            dlow += k * tl.sum(tl.where(x < clamped, outer, 0.0))
-            dhigh += k * tl.sum(tl.where(x > clamped, outer, 0.0))
-            cell = tl.reshape(cell, (1, SIZE))
-            g, through = tl.reshape(g, (1, SIZE)), tl.reshape(through, (1, SIZE))
-            moved = g * tl.reshape(sigma, (1, SIZE))
-            ones = (tl.reshape(cell % 16, (SIZE, 1)) == digit[None, :]).to(ONE_HOT)
-            if BITS <= 4:
-                which = digit[:, None]
-                sums = tl.where(which == 0, g, tl.where(which == 1, moved, tl.where(which == 2, through, 0.0)))
-                mass = _add_dot(sums, ones, mass)
-            else:
-                here = cell // 16 == digit[:, None]
-                mass = _add_dot(tl.where(here, g, 0.0), ones, mass)
-                raised = _add_dot(tl.where(here, moved, 0.0), ones, raised)
-                passed = _add_dot(tl.where(here, through, 0.0), ones, passed)
+            dlow += k * tl.sum(tl.where(x < clamped, through, 0.0))
+            dhigh += k * tl.sum(tl.where(x > clamped, through, 0.0))
+            cell, g = tl.reshape(cell, (1, SIZE)), tl.reshape(g, (1, SIZE))
+            moved, through = g * tl.reshape(sigma, (1, SIZE)), tl.reshape(through, (1, SIZE))
+            sums = _add_cell_sums(cell, g, moved, through, mass, raised, passed, ONE_HOT, BITS)
+            mass, raised, passed = sums
     if TABLE_GRAD:
         start = dtable + tl.program_id(0).to(tl.int64) * (3 * LEVELS + 1)
-        if BITS <= 4:
-            index = digit[:, None] * (LEVELS - 1) + digit[None, :]
-            tl.store(start + index, mass, mask=(digit[:, None] < 3) & (digit[None, :] < LEVELS - 1))
-        else:
-            index = digit[:, None] * 16 + digit[None, :]
-            tl.store(start + index, mass, mask=index < LEVELS - 1)
-            tl.store(start + (LEVELS - 1) + index, raised, mask=index < LEVELS - 1)
-            tl.store(start + (2 * LEVELS - 2) + index, passed, mask=index < LEVELS - 1)
-        end = start + (3 * LEVELS - 3)
-        tl.store(end, dk)
-        tl.store(end + 1, dmu)
-        tl.store(end + 2, dlow)
-        tl.store(end + 3, dhigh)
+        _store_cell_sums(start, mass, raised, passed, BITS)
+        curve = start + (3 * LEVELS - 3)
+        tl.store(curve, dk)
+        tl.store(curve + 1, dmu)
+        tl.store(curve + 2, dlow)
+        tl.store(curve + 3, dhigh)
 
 
-# --- launchers ---------------------------------------------------------------------------------------------------------------
+# --- launchers --------------------------------------------------------------------------------------------------------
 
-TILE = 1024  # weights
-PROGRAMS = 512  # of a backward launch: enough to fill a GPU, few enough that their partial rows are cheap
+TILE = 512  # weights of a program
+BACKWARD_PROGRAMS = 1024  # enough to fill a GPU, few enough that summing their partial rows is cheap
 
 
-def _shape_tile(rows: int, columns: int) -> tuple[int, int]:
-    """(ROWS, COLS) of about TILE weights: whole rows where they are short."""
-    cols = min(TILE, max(16, next_power_of_2(columns)))
-    return TILE // cols, cols
+def backward_tile(bits: int) -> int:
+    """Weights per step of a backward program, which is a single warp: wider one-hot matrices overflow its registers."""
+    return 128 if bits <= 4 else 64
+
+
+def choose_tile(columns: int, size: int) -> tuple[int, int]:
+    """(ROWS, COLS) of a tile of ``size`` weights: several rows where they are short."""
+    cols = min(size, max(16, next_power_of_2(columns)))
+    return size // cols, cols
 
 
 def _bits(table: Tensor) -> int:
@@ -428,10 +464,11 @@ def _launch_forward(weight: Tensor, scale: Tensor, table: Tensor, soft: bool) ->
     if not weight.numel():
         return out
     rows, columns = scale.numel(), weight.numel() // scale.numel()
-    tile = _shape_tile(rows, columns)
+    tile = choose_tile(columns, TILE)
     grid = (cdiv(rows, tile[0]) * cdiv(columns, tile[1]),)
+    tensors = weight.contiguous(), scale.contiguous(), table.contiguous(), out
     with launching(weight):
-        _forward_kernel[grid](weight.contiguous(), scale.contiguous(), table, out, rows, columns, soft, _bits(table), *tile)
+        _forward_kernel[grid](*tensors, rows, columns, soft, _bits(table), *tile)
     return out
 
 
@@ -440,11 +477,11 @@ def _launch_encode(weight: Tensor, scale: Tensor, borders: Tensor) -> Tensor:
     if not weight.numel():
         return codes
     rows, columns = scale.numel(), weight.numel() // scale.numel()
-    tile = _shape_tile(rows, columns)
+    tile = choose_tile(columns, TILE)
     grid = (cdiv(rows, tile[0]) * cdiv(columns, tile[1]),)
-    bits = borders.numel().bit_length()
+    tensors = weight.contiguous(), scale.contiguous(), borders.contiguous(), codes
     with launching(weight):
-        _encode_kernel[grid](weight.contiguous(), scale.contiguous(), borders, codes, rows, columns, bits, *tile)
+        _encode_kernel[grid](*tensors, rows, columns, borders.numel().bit_length(), *tile)
     return codes
 
 
@@ -454,21 +491,21 @@ def _launch_backward(
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if not weight.numel():
         return dweight, torch.zeros_like(scale), torch.zeros_like(table)
-    rows, columns = scale.numel(), weight.numel() // scale.numel()
-    tile = _shape_tile(rows, columns)
+    rows, columns, bits = scale.numel(), weight.numel() // scale.numel(), _bits(table)
+    tile = choose_tile(columns, backward_tile(bits))
     across = cdiv(columns, tile[1])
-    programs = min(PROGRAMS, cdiv(rows, tile[0]) * across)
+    programs = min(BACKWARD_PROGRAMS, cdiv(rows, tile[0]) * across)
     dscale = scale.new_empty(across, rows)
-    tail = 3 * 2 ** _bits(table) + 1
+    tail = 3 * 2**bits + 1
     dtable = table.new_empty(programs, tail) if table_grad else table.new_zeros(1, tail)
     tensors = [t.contiguous() for t in (grad, weight, scale, table)] + [dweight, dscale, dtable]
+    options = straight_through, table_grad, tl.float32 if INTERPRETED else tl.bfloat16, bits
     with launching(weight):
-        options = straight_through, table_grad, tl.float32 if INTERPRETED else tl.bfloat16, _bits(table)
-        _backward_kernel[(programs,)](*tensors, rows, columns, *options, *tile)
+        _backward_kernel[(programs,)](*tensors, rows, columns, *options, *tile, num_warps=1)
     return dweight, dscale.sum(0), torch.nn.functional.pad(dtable.sum(0), (table.numel() - tail, 0))
 
 
-# --- operators ---------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("gq_triton::fake_quantize", mutates_args=(), device_types="cpu")
@@ -531,7 +568,7 @@ fake_quantize.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("gq_triton::encode", mutates_args=(), device_types="cpu")
 def encode(weight: Tensor, scale: Tensor, borders: Tensor) -> Tensor:
-    """Codes (uint8, contiguous, shape of ``weight``): how many ``borders`` (K-1,) b satisfy ``fp32(scale * b) < weight``."""
+    """Codes (uint8, contiguous, shape of ``weight``): how many borders b (K-1,) satisfy ``scale * b < weight``."""
     return _encode_cpu(weight, scale, borders)
 
 

@@ -1,7 +1,7 @@
 """Embedding look-up in a packed low-bit table.
 
-Mathematics.  out[i, d] = s[index[i]] * c[code[index[i], d]], one float32 product, with the codes of a row unpacked from bit planes
-(layout in `gq_triton.kernels.packing`).  Only the rows asked for are decoded.
+Mathematics.  out[i, d] = s[index[i]] * c[code[index[i], d]], one float32 product, with the codes of a row unpacked from
+bit planes (layout in `gq_triton.kernels.packing`).  Only the rows asked for are decoded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gq_triton.kernels.packing import load_codes, unpack, unpack_at
 __all__ = ["packed_embedding", "reference"]
 
 
-# --- reference ---------------------------------------------------------------------------------------------------------------
+# --- reference --------------------------------------------------------------------------------------------------------
 
 
 def reference(indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, embedding_dim: int) -> Tensor:
@@ -24,7 +24,7 @@ def reference(indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bi
     return (scale.unsqueeze(1) * values[codes.long()])[indices]
 
 
-# --- CPU ---------------------------------------------------------------------------------------------------------------------
+# --- CPU --------------------------------------------------------------------------------------------------------------
 
 
 def _forward_cpu(
@@ -36,10 +36,10 @@ def _forward_cpu(
     position = indices.unsqueeze(-1).long() * embedding_dim + torch.arange(embedding_dim)
     codes = unpack_at(packed, bits, scale.numel() * embedding_dim, position)
     units = values.index_select(0, codes.view(-1).int()).view(position.shape)
-    return scale.index_select(0, indices.view(-1)).view(*indices.shape, 1) * units
+    return scale.index_select(0, indices.reshape(-1)).view(*indices.shape, 1) * units
 
 
-# --- Triton ------------------------------------------------------------------------------------------------------------------
+# --- Triton -----------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -70,7 +70,7 @@ def _kernel(
     tl.store(out + position * embedding_dim + column, tl.where(valid, row, float("nan")), mask=mask)
 
 
-# --- launcher ----------------------------------------------------------------------------------------------------------------
+# --- launcher ---------------------------------------------------------------------------------------------------------
 
 
 def _launch(indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, embedding_dim: int) -> Tensor:
@@ -86,7 +86,7 @@ def _launch(indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits
     return out
 
 
-# --- operator ----------------------------------------------------------------------------------------------------------------
+# --- operator ---------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("gq_triton::packed_embedding", mutates_args=(), device_types="cpu")

@@ -4,12 +4,13 @@ Mathematics.  With the codes of row n unpacked from bit planes (layout in `gq_tr
 
     y[m, n] = epilogue(s[n] * sum_k x[m, k] c[code[n, k]] + b[n])
 
-The scale leaves the sum, so that the inner product runs on codebook values alone.  The float weight never exists as a whole: the CPU
-decodes a few rows at a time into its cache, the GPU decodes a tile into registers.
+The scale leaves the sum, so that the inner product runs on codebook values alone.  The float weight never exists as a
+whole: the CPU decodes a few rows at a time into its cache, the GPU decodes a tile into registers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
 CHUNK = 1 << 16  # weights decoded at a time on the CPU
 
 
-# --- reference ---------------------------------------------------------------------------------------------------------------
+# --- reference --------------------------------------------------------------------------------------------------------
 
 
 def reference(
@@ -41,14 +42,14 @@ def reference(
     return EPILOGUES[epilogue](torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double()))
 
 
-# --- CPU ---------------------------------------------------------------------------------------------------------------------
+# --- CPU --------------------------------------------------------------------------------------------------------------
 
 
 def _forward_cpu(
     x: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, bits: int, epilogue: str
 ) -> Tensor:
     rows, features = scale.numel(), x.shape[-1]
-    work = x.reshape(-1, features).to(values.dtype)
+    work = x.reshape(math.prod(x.shape[:-1]), features).to(values.dtype)
     out = work.new_zeros(work.shape[0], rows)
     step = max(1, CHUNK // max(1, features))
     for top in range(0, rows if out.numel() and features else 0, step):
@@ -60,7 +61,7 @@ def _forward_cpu(
     return EPILOGUES[epilogue](out).to(x.dtype).view(*x.shape[:-1], rows)
 
 
-# --- Triton ------------------------------------------------------------------------------------------------------------------
+# --- Triton -----------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -108,10 +109,12 @@ def _kernel(
         y = y * tl.sigmoid(y)
     elif EPILOGUE == "gelu":
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    tl.store(out + row_m[:, None] * rows + row_n[None, :], y.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    tl.store(
+        out + row_m[:, None] * rows + row_n[None, :], y.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :]
+    )
 
 
-# --- launcher ----------------------------------------------------------------------------------------------------------------
+# --- launcher ---------------------------------------------------------------------------------------------------------
 
 _OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -132,15 +135,32 @@ def _launch(
     blocks = choose_blocks(m)
     operand = tl.float32 if INTERPRETED else getattr(tl, _OPERANDS[x.dtype])  # numpy has no bfloat16
     grid = (cdiv(m, blocks[0]) * cdiv(rows, blocks[1]),)
-    tensors = x.contiguous(), packed.contiguous(), values.contiguous(), scale, scale if bias is None else bias.contiguous(), out
+    tensors = (
+        x.contiguous(),
+        packed.contiguous(),
+        values.contiguous(),
+        scale,
+        scale if bias is None else bias.contiguous(),
+        out,
+    )
     with launching(x):
         _kernel[grid](
-            *tensors, m, rows, features, rows * features, scale.stride(0), bias is not None, epilogue, operand, bits, *blocks
+            *tensors,
+            m,
+            rows,
+            features,
+            rows * features,
+            scale.stride(0),
+            bias is not None,
+            epilogue,
+            operand,
+            bits,
+            *blocks,
         )
     return out
 
 
-# --- operator ----------------------------------------------------------------------------------------------------------------
+# --- operator ---------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("gq_triton::packed_linear", mutates_args=(), device_types="cpu")

@@ -4,10 +4,10 @@ Layout.  A code of 1 to 8 bits is cut into fields of 4, 2 and 1 bits, most signi
 
     8 = 4 + 4    7 = 4 + 2 + 1    6 = 4 + 2    5 = 4 + 1    4 = 4    3 = 2 + 1    2 = 2    1 = 1
 
-Each field of all codes forms a plane; the planes follow one another.  In a plane of width w, the field of code i (in row-major
-order of the code tensor) occupies bits (i mod 8/w) w and upward, least significant first, of byte i div (8/w); the plane is padded
-with zero bits to a whole byte.  Since every plane grows with the number of codes, the number of bytes alone determines where each
-plane begins.
+Each field of all codes forms a plane; the planes follow one another.  In a plane of width w, the field of code i (in
+row-major order of the code tensor) occupies bits (i mod 8/w) w and upward, least significant first, of byte i div
+(8/w); the plane is padded with zero bits to a whole byte.  Since every plane grows with the number of codes, the number
+of bytes alone determines where each plane begins.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def unpack_at(packed: Tensor, bits: int, count: int, index: Tensor) -> Tensor:
 
 @jit
 def load_codes(packed, index, count, mask, BITS: tl.constexpr):
-    """Codes (int32) at flat positions ``index`` (int64) out of ``count`` packed ones, inside a kernel; 0 where masked."""
+    """Codes (int32) at flat positions ``index`` (int64) out of ``count`` packed ones, in a kernel; 0 where masked."""
     code = tl.zeros(index.shape, tl.int32)
     plane = packed
     if BITS >= 4:

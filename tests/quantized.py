@@ -30,10 +30,10 @@ def packed_weights(model):
 
 
 def prepare(layer, config=None, **options):
-    """Prepares ``layer`` in place; returns it with a float twin that has the hard weights: same inputs, same outputs."""
+    """Prepares ``layer`` in place; returns it and a float twin with the hard weights, so with the same outputs."""
     twin = copy.deepcopy(layer)
     gq.quantize_(layer, config or gq.GQConfig(**options))
-    parameters = dict(twin.named_parameters())
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in hard_weights(layer).items():
             parameters[name].copy_(weight)

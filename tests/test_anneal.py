@@ -44,7 +44,8 @@ def test_state_goes_through_json_and_sets_the_model():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("total_steps", 0), ("total_steps", 2.5), ("start", 0.0), ("start", float("nan")), ("end", -1.0)]
+    ("name", "value"),
+    [("total_steps", 0), ("total_steps", 2.5), ("start", 0.0), ("start", float("nan")), ("end", -1.0)],
 )
 def test_bad_schedules(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):

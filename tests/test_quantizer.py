@@ -223,7 +223,9 @@ def test_gradients_of_scale_and_centroids_match_finite_differences():
                 below = (quantizer(weight) * g).sum()
                 parameter[index] += step
             # float32 parameters limit the difference quotient to about three digits
-            torch.testing.assert_close(parameter.grad[index].double(), (above - below) / (2 * step), rtol=5e-3, atol=5e-3)
+            torch.testing.assert_close(
+                parameter.grad[index].double(), (above - below) / (2 * step), rtol=5e-3, atol=5e-3
+            )
 
 
 # --- requantize_every

@@ -18,7 +18,7 @@ from gq_triton.layers.packed_weight import PackedWeight
 from gq_triton.quantizer import WeightQuantizer
 
 
-class QuantizableLayer:
+class QuantizableLayer(nn.Module):
     """What there is to quantize in a torch layer and in its twins. A mixin for twins of ``nn.Module`` subclasses."""
 
     @staticmethod
@@ -42,12 +42,12 @@ class QATLayer(QuantizableLayer):
 
     def attach(self, name: str, quantizer: WeightQuantizer) -> None:
         """Gives weight ``name`` its quantizer."""
-        self.add_module(f"{name}_quantizer", quantizer)  # type: ignore[attr-defined]
+        self.add_module(f"{name}_quantizer", quantizer)
 
     def quantizers(self) -> dict[str, WeightQuantizer]:
         """Returns the quantizers by name of the weight; weights without one are computed with as they are."""
         suffix = "_quantizer"
-        children = self.named_children()  # type: ignore[attr-defined]
+        children = self.named_children()
         return {name.removesuffix(suffix): child for name, child in children if isinstance(child, WeightQuantizer)}
 
     def quantized(self, name: str) -> Tensor:
@@ -64,7 +64,7 @@ class QATLayer(QuantizableLayer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         for name, quantizer in self.quantizers().items():
             own = f"{prefix}{name}_quantizer."
             if f"{prefix}{name}" in state_dict and not any(key.startswith(own) for key in state_dict):
@@ -79,13 +79,13 @@ class PackedLayer(QuantizableLayer):
     def attach(self, name: str, pieces: dict[str, PackedWeight]) -> None:
         """Replaces weight ``name``, and its quantizer if it has one, by its packed pieces."""
         delattr(self, name)
-        self._modules.pop(f"{name}_quantizer", None)  # type: ignore[attr-defined]
+        self._modules.pop(f"{name}_quantizer", None)
         for piece, packed in pieces.items():
-            self.add_module(f"{piece}_packed", packed)  # type: ignore[attr-defined]
+            self.add_module(f"{piece}_packed", packed)
 
     def packed_weights(self) -> dict[str, PackedWeight]:
         """Returns the packed weights by name of the weight."""
-        children = self.named_children()  # type: ignore[attr-defined]
+        children = self.named_children()
         return {name.removesuffix("_packed"): child for name, child in children if isinstance(child, PackedWeight)}
 
     def decoded(self, name: str) -> Tensor:
@@ -115,7 +115,7 @@ class PackedLayer(QuantizableLayer):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)  # type: ignore[misc]
+            return super().__getattr__(name)
         except AttributeError:
             if f"{name}_packed" not in self.__dict__.get("_modules", {}):
                 raise

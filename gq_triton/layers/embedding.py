@@ -1,4 +1,8 @@
-"""Quantized twins of ``nn.Embedding``. An embedding has no input activations: that setting has no effect on it."""
+"""Quantized twins of ``nn.Embedding``.
+
+An embedding has no input activations: that setting has no effect on it. The zero row of ``padding_idx`` stays exactly
+zero with a scale per channel; with one per tensor it takes the smallest codebook value, as none of the 2**bits is zero.
+"""
 
 from torch import Tensor, nn
 from torch.nn.functional import embedding

@@ -3,6 +3,9 @@
 Each of ``weight_ih_l0``, ``weight_hh_l0``, ``weight_hr_l0``, ``..._reverse``, ... has its own quantizer, or none.
 Activations, where ``weight_ih_l0`` asks for it, are quantized at the input of the first layer only: the hidden states
 and the inputs of the layers above never leave torch's kernel. Packed layers decode their weights once per call.
+
+cuDNN copies weights that do not lie in one piece, as freshly quantized ones never do, and says so once. Calling
+flatten_parameters, as it advises, would make the same copy.
 """
 
 import copy
@@ -16,17 +19,17 @@ from gq_triton.layers.packed_weight import PackedWeight
 
 
 class _Recurrent(QuantizableLayer):
+    _flat_weights_names: list[str]
+
     @staticmethod
     def weight_names(layer: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in layer._flat_weights_names if name.startswith("weight"))
 
     def _run(self, input: Tensor | PackedSequence, hx: Any, weights: list[Tensor]) -> Any:
         # nn.LSTM computes with the list _flat_weights. A shallow copy gets its own, so that the layer itself is
-        # left alone, also when several threads share it. cuDNN wants the weights in one piece: flatten_parameters
-        # does that, and nothing on a CPU.
+        # left alone, also when several threads share it.
         runner = copy.copy(self)
         runner._flat_weights = weights
-        runner.flatten_parameters()
         return super(_Recurrent, runner).forward(self._first_input(input), hx)
 
     def _first_input(self, input: Tensor | PackedSequence) -> Tensor | PackedSequence:

@@ -90,7 +90,15 @@ RNNT_PRESETS: dict[str, dict] = {
         joint=96,
         dropout=0.1,
     ),
-    "small": dict(encoder_layers=3, encoder_hidden=320, predictor_embedding=64, predictor_hidden=128, joint=256),
+    "small": dict(
+        stack=3,
+        encoder_layers=3,
+        encoder_hidden=320,
+        predictor_embedding=64,
+        predictor_hidden=128,
+        joint=256,
+        dropout=0.25,
+    ),
     "base": dict(
         stack=3,
         encoder_layers=6,

@@ -23,7 +23,7 @@ __all__ = ["ALLOCATIONS", "RECIPES", "Recipe"]
 # Forty filters do not resolve the harmonics of a voice, so few speakers suffice to learn from; the running mean takes
 # their channels out.
 SMALL_SET_FRONT_END = {"n_mels": 40, "adapt_frames": 100, "tail_ms": 300}
-STATISTICS_UTTERANCES = 2000  # that the front end's mean and deviation are measured on
+STATISTICS_UTTERANCES = 500  # that the front end's mean and deviation are measured on
 
 
 #: Widths by name pattern: uniform ones, and one whose second encoder LSTM and predictor LSTM have 1 bit.

@@ -30,22 +30,19 @@ def check_summary(output) -> dict:
 def test_a_short_quickstart(gq_triton, monkeypatch, tmp_path):
     """The whole of it, with a few utterances and steps: it measures and writes what it says, without learning much."""
     counts = {"train": 40, "test": 6}
-    monkeypatch.setattr(
-        datasets, "spoken_commands", lambda split: spoken_commands(split, counts[split], cache_dir=tmp_path)
-    )
+
+    def speak(_root, part):
+        return spoken_commands(part, counts[part], cache_dir=tmp_path)
+
+    monkeypatch.setitem(datasets.READERS, "synthetic", speak)
     recipe = RECIPES["synthetic"]
-    mixed = "mixed, LSTMs at 1 bit"
-    short = replace(
-        recipe,
-        train=replace(recipe.train, epochs=1),
-        qat=replace(recipe.qat, epochs=1),
-        allocations=("4 bits", mixed),
-    )
-    monkeypatch.setitem(RECIPES, "synthetic", short)
+    train, qat = (replace(config, epochs=1) for config in (recipe.train, recipe.qat))
+    names = ("4 bits", recipe.allocations[-1])
+    monkeypatch.setitem(RECIPES, "synthetic", replace(recipe, train=train, qat=qat, allocations=names))
 
     printed = gq_triton.succeeds("quickstart", "--output", tmp_path / "out")
     summary = check_summary(tmp_path / "out")
-    assert [row["name"] for row in summary["rows"]] == ["4 bits", mixed]
+    assert tuple(row["name"] for row in summary["rows"]) == names
     assert summary["rows"][0]["bits"] == 4
     assert 1 < summary["rows"][1]["bits"] < 4
     for row in summary["rows"]:

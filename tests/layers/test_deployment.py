@@ -52,7 +52,7 @@ def test_packed_layers_equal_prepared_ones(kind, bits, codebook, activations, de
     for name, weight in expected.items():
         assert torch.equal(actual[name], weight), name
     with torch.no_grad():
-        # One rounding step of a quantized activation may differ where the weights' products are summed in another order.
+        # A quantized activation may round the other way where the sums before it were taken in another order.
         step = 0.0 if activations is None else 1e-2
         same(output(packed, inputs), output(prepared, inputs), atol=2e-6 + step * (kind == "MultiheadAttention"))
 

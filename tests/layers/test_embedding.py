@@ -27,10 +27,11 @@ def test_padding_row_stays_zero_and_gets_no_gradient(by_freq):
     assert prepared.weight.grad[1].abs().sum() > 0
 
 
-def test_padding_row_of_a_scale_per_tensor_is_documented_to_round_like_any_other():
+def test_padding_row_takes_the_smallest_value_with_one_scale_per_tensor():
     prepared, _ = prepare(nn.Embedding(10, 5, padding_idx=3), bits=2, granularity="tensor")
-    index = torch.tensor([3])
-    assert torch.equal(prepared.eval()(index), convert(prepared)(index))
+    row = prepared.eval()(torch.tensor([3]))
+    assert torch.equal(row.abs(), prepared(torch.arange(10)).abs().min().expand(1, 5))
+    assert torch.equal(convert(prepared)(torch.tensor([3])), row)
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])

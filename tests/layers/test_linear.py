@@ -62,6 +62,7 @@ def test_prepared_layers_compile_without_graph_breaks(options):
         same(mine.grad, other.grad)
 
 
+@torch.no_grad()
 def test_packed_layers_compile_without_graph_breaks():
     packed = convert(prepare(nn.Linear(9, 5), bits=3)[0])
     x = torch.randn(4, 9)
@@ -82,3 +83,18 @@ def test_changed_hardness_does_not_recompile():
         compiled(torch.randn(4, 9)).sum().backward()
         annealer.step()
     assert len(graphs) == 1
+
+
+def test_requantization_interval_holds_under_compile():
+    eager, _ = prepare(nn.Linear(9, 5), requantize_every=3)
+    compiled = copy.deepcopy(eager)
+    forward = torch.compile(compiled, backend="aot_eager")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (eager, compiled)]
+    for _ in range(5):
+        x = torch.randn(4, 9)
+        losses = [model(x).square().sum() for model in (eager, forward)]
+        same(*losses)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()

@@ -53,7 +53,9 @@ def test_the_whole_surface(kind, options):
 
 def test_every_weight_has_its_own_quantizer():
     prepared, _ = prepare(nn.LSTM(5, 7, 2, bidirectional=True, proj_size=4))
-    names = {f"weight_{kind}_l{layer}{end}" for kind in ("ih", "hh", "hr") for layer in (0, 1) for end in ("", "_reverse")}
+    names = {
+        f"weight_{kind}_l{layer}{end}" for kind in ("ih", "hh", "hr") for layer in (0, 1) for end in ("", "_reverse")
+    }
     assert set(prepared.quantizers()) == names
     assert len({id(q) for q in prepared.quantizers().values()}) == len(names)
 

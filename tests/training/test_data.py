@@ -4,17 +4,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gq_triton.training.data import SpeechSet, epoch_batches, load_batches
+from gq_triton.training.data import SpeechSet, epoch_batches, item_duration, load_batches
 
 
 class Lengths:
-    """A training set of which only the lengths matter."""
+    """A training set of which only the lengths and the speakers matter."""
 
     cached = True
 
     def __init__(self, durations, speeds=(1.0,), speakers=None):
         self.durations, self.speeds = durations, speeds
-        self.speakers = speakers or [None] * len(durations)
+        self.speakers = speakers or ["one"] * len(durations)
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,19 @@ def speech():
     batch_size=st.integers(1, 20),
     seed=st.integers(0, 5),
     epoch=st.integers(0, 5),
+    join=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_an_epoch_holds_every_utterance_once_in_batches_of_nearly_equal_size(durations, batch_size, seed, epoch):
+def test_an_epoch_begins_an_item_with_every_utterance_once(durations, batch_size, seed, epoch, join):
     data = Lengths(durations, (0.9, 1.0))
-    batches = epoch_batches(data, batch_size, seed=seed, epoch=epoch)
-    assert sorted(index for batch in batches for ((index, _),) in batch) == list(range(len(durations)))
-    assert {speed for batch in batches for ((_, speed),) in batch} <= {0.9, 1.0}
+    batches = epoch_batches(data, batch_size, seed=seed, epoch=epoch, join=join)
+    items = [item for batch in batches for item in batch]
+    assert sorted(item[0][0] for item in items) == list(range(len(durations)))
+    assert {speed for item in items for _, speed in item} <= {0.9, 1.0}
     sizes = {len(batch) for batch in batches}
     assert len(batches) == -(-len(durations) // batch_size)
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
-    assert batches == epoch_batches(data, batch_size, seed=seed, epoch=epoch)
+    assert batches == epoch_batches(data, batch_size, seed=seed, epoch=epoch, join=join)
 
 
 def test_epochs_and_seeds_differ():
@@ -52,7 +54,7 @@ def test_epochs_and_seeds_differ():
 def test_batches_hold_similar_lengths():
     data = Lengths([float(n) for n in range(1, 201)])
     batches = epoch_batches(data, 10, seed=0, epoch=0)
-    padded = sum(len(batch) * max(data.durations[i] for ((i, _),) in batch) for batch in batches)
+    padded = sum(len(batch) * max(item_duration(data, item) for item in batch) for batch in batches)
     assert padded < 1.15 * sum(data.durations)
 
 

@@ -30,7 +30,7 @@ def speech():
 
 def test_errors_are_counted_in_the_order_of_the_set(speech):
     """One answer is wrong in its first word; answers come in order of length, not in the set's."""
-    frames = [len(speech[index, 1.0][0]) for index in range(len(speech))]
+    frames = [len(speech[((index, 1.0),)][0]) for index in range(len(speech))]
     shortest = frames.index(min(frames))
     answers = {}
     for length, text in zip(frames, speech.texts, strict=True):

@@ -43,10 +43,15 @@ def sampled_mean(spoken):
     return front_end.fit(utterance.load() for utterance in spoken).mean
 
 
-def test_the_quickstart_quantizes_every_lstm_it_names(spoken):
+@pytest.mark.parametrize("name", list(ALLOCATIONS))
+def test_every_pattern_of_an_allocation_names_a_layer(name, spoken):
     names = [name for name, _ in RECIPES["synthetic"].untrained(spoken, 0).model.named_modules()]
-    for allocation in ALLOCATIONS.values():
-        for pattern in allocation:
-            assert fnmatch.filter(names, pattern), pattern
-    widths = [config.bits for config in ALLOCATIONS["mixed, LSTMs at 1 bit"].values()]
-    assert widths[0] == widths[1] == 1
+    assert all(fnmatch.filter(names, pattern) for pattern in ALLOCATIONS[name])
+
+
+def test_the_quickstart_takes_the_widths_of_its_promise():
+    allocations = [ALLOCATIONS[name] for name in RECIPES["synthetic"].allocations]
+    widths = [{config.bits for config in allocation.values()} for allocation in allocations]
+    assert widths[:4] == [{8}, {5}, {4}, {2}]
+    assert 1 in widths[4]
+    assert len(widths[4]) > 1

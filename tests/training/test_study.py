@@ -50,16 +50,17 @@ def test_quantized_training_from_other_weights_is_another_run(speech, tmp_path):
         train_quantized(tones.recognizer(speech.utterances, seed=1), *arguments, progress=False)
 
 
-def test_a_row_says_what_its_file_does(speech, tmp_path):
+def test_a_row_says_what_its_file_does(speech, tmp_path, monkeypatch):
     recognizer = tones.recognizer(speech.utterances)
-    name = "mixed, LSTMs at 1 bit"
+    allocation = {"encoder.layers.1": gq.GQConfig(bits=1), "*": gq.GQConfig(bits=4)}
+    monkeypatch.setitem(ALLOCATIONS, "4 and 1", allocation)
     recipe = replace(RECIPES["synthetic"], qat=CONFIG, beam_width=2)
-    row = quantize_and_measure(recognizer, name, recipe, speech, speech, tmp_path, progress=False)
+    row = quantize_and_measure(recognizer, "4 and 1", recipe, speech, speech, tmp_path, progress=False)
     packed = Recognizer.load(tmp_path / row.file)
     report = gq.report(packed.model)
     assert packed.stage == "packed"
-    untrained = recognizer.packed_copy(ALLOCATIONS[name])
     assert evaluate(packed, speech, beam_width=2, progress=False).wer == row.qat_wer
+    untrained = recognizer.packed_copy(allocation)
     assert evaluate(untrained, speech, beam_width=2, progress=False).wer == row.ptq_wer
     assert (row.bytes, row.ratio) == (report.bytes, report.ratio)
     assert row.bits == mean_bits(report)

@@ -91,7 +91,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(spoken, speech, tmp_path,
 def test_the_average_of_the_parameters_is_evaluated_and_returned(spoken, speech, tmp_path):
     config = TrainConfig(epochs=2, batch_size=4, learning_rate=1e-2, average_decay=0.5, evaluate_every=1)
     model = new_model(spoken)
-    run = trainer(model, speech, tmp_path, config, evaluate=lambda: {"norm": float(model.joint.output.bias.norm())})
+    run = trainer(model, speech, tmp_path, config, evaluate=lambda: {"norm": model.joint.output.bias.norm().item()})
     trail = []
     update = run._update
 

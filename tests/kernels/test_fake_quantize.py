@@ -1,0 +1,459 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gq_triton.kernels import fake_quantize as fq
+from gq_triton.kernels import tables
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: 1 / 0 and NaN
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def reference(problem, forward="soft", codebook=None, **options):
+    values = tables.codebook(problem.centroids, problem.mu, codebook)
+    options = {"mu": problem.mu, "hardness": problem.hardness, "forward": forward, **options}
+    return fq.reference(problem.weight, problem.scale, problem.centroids, values, **options)
+
+
+def reference_grads(problem, grad):
+    """Autograd through the definition: gradients of weight, scale, centroids and mu."""
+    leaves = [tensor.clone().requires_grad_() for tensor in problem[:4]]
+    problem = problem._replace(weight=leaves[0], scale=leaves[1], centroids=leaves[2], mu=leaves[3])
+    return torch.autograd.grad(reference(problem), leaves, grad)
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+# --- the reference itself ---------------------------------------------------------------------------------------------
+
+
+def test_reference_by_hand():
+    weight = torch.tensor([[0.1, 0.9, -3.0]], dtype=torch.float64)
+    scale, centroids = torch.tensor([2.0]).double(), torch.tensor([-1.0, 1.0]).double()
+    options = {"mu": torch.tensor(0.0).double(), "hardness": torch.tensor(1.0).double()}
+    soft = fq.reference(weight, scale, centroids, centroids, **options)
+    x = torch.tensor([0.05, 0.45, -1.0]).double()  # two centroids: sum_i p_i c_i = tanh(a x / D), D = 2
+    torch.testing.assert_close(soft, 2 * torch.tanh(x / 2)[None])
+    hard = fq.reference(weight, scale, centroids, centroids, forward="hard", **options)
+    assert hard.tolist() == [[2.0, 2.0, -2.0]]
+
+
+def test_reference_squared_distance_by_hand():
+    weight, scale = torch.tensor([[0.3]]).double(), torch.tensor([1.0]).double()
+    centroids = torch.tensor([-1.0, 1.0]).double()
+    options = {"mu": torch.tensor(0.0).double(), "hardness": torch.tensor(2.0).double(), "squared": True}
+    p = torch.softmax(-2 * torch.tensor([1.3 / 2, 0.7 / 2]).double().square(), 0)
+    torch.testing.assert_close(fq.reference(weight, scale, centroids, centroids, **options).squeeze(), p[1] - p[0])
+
+
+# --- CPU against the reference, in float64 ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("mu", [0.0, 2.0, 255.0])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_float64_matches_the_reference(make_quantizer, bits, mu, per_channel):
+    problem = make_quantizer(bits, mu=mu, per_channel=per_channel)
+    for codebook in (None, "int8", "fp8"):
+        table = problem.table(torch.float64, codebook)
+        soft = fq.fake_quantize(problem.weight, problem.scale, table, True, 0.0, False)
+        torch.testing.assert_close(soft, reference(problem, "soft", codebook), rtol=0, atol=1e-11)
+        hard = fq.fake_quantize(problem.weight, problem.scale, table, False, 0.0, False)
+        torch.testing.assert_close(hard, reference(problem, "hard", codebook), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("mu", [0.0, 0.05, 255.0])
+def test_float64_gradients_match_the_reference(make_quantizer, bits, mu):
+    problem = make_quantizer(bits, mu=mu, limit=0.97)
+    grad = torch.randn_like(problem.weight)
+    expected = reference_grads(problem, grad)
+    leaves = [tensor.clone().requires_grad_() for tensor in problem[:4]]
+    table = tables.build_table(leaves[2], leaves[3], problem.hardness, None, torch.float64)
+    soft = fq.fake_quantize(leaves[0], leaves[1], table, True, 0.0, True)
+    actual = torch.autograd.grad(soft, leaves, grad)
+    inside = tables.compress(problem.weight / problem.scale[:, None], problem.mu).abs() < 0.97
+    torch.testing.assert_close(actual[0] * inside, expected[0] * inside, rtol=1e-8, atol=1e-9)
+    for mine, theirs in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gradcheck(make_quantizer, bits):
+    problem = make_quantizer(bits, shape=(3, 5), limit=0.97)
+    weight = problem.weight.clamp(-0.45, 0.45)  # beyond the outer centroids the gradient is not that of the function
+
+    def quantize(weight, scale, centroids, mu):
+        table = tables.build_table(centroids, mu, problem.hardness, None, torch.float64)
+        return fq.fake_quantize(weight, scale, table, True, 0.0, True)
+
+    leaves = (weight, problem.scale, problem.centroids, problem.mu)
+    assert torch.autograd.gradcheck(quantize, [leaf.clone().requires_grad_() for leaf in leaves])
+
+
+def test_hard_forward_has_the_gradient_of_soft(make_quantizer):
+    problem = make_quantizer(3)
+    grads = []
+    for soft in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in problem[:4]]
+        table = tables.build_table(leaves[2], leaves[3], problem.hardness, "int8", torch.float64)
+        out = fq.fake_quantize(leaves[0], leaves[1], table, soft, 0.3, True)
+        grads.append(torch.autograd.grad(out.square().sum() * 0 + out.sum(), leaves))
+    for hard, soft in zip(*grads, strict=True):
+        assert torch.equal(hard, soft)
+
+
+def test_straight_through_share(make_quantizer):
+    problem = make_quantizer(3)
+    grad = torch.randn_like(problem.weight)
+    grads = [fq.fake_quantize_backward(grad, *problem[:2], problem.table(torch.float64), h, True) for h in (0, 0.25, 1)]
+    torch.testing.assert_close(grads[2][0], grad)
+    for plain, mixed, identity in zip(*[g[:2] for g in grads], strict=True):
+        torch.testing.assert_close(mixed, 0.75 * plain + 0.25 * identity)
+    assert torch.equal(grads[0][2], grads[1][2])  # centroids and mu do not see it
+
+
+def test_clamped_weights_keep_the_gradient_of_the_border(make_quantizer):
+    problem = make_quantizer(2, shape=(1, 5))
+    scale = problem.scale.item()
+    weight = torch.tensor([[-7.0, -1.0, 0.3, 1.0, 7.0]]).double() * scale
+    dweight, dscale, _ = fq.fake_quantize_backward(
+        torch.ones(1, 5).double(), weight, problem.scale, problem.table(torch.float64), 0.0, False
+    )
+    assert (dweight > 0).all()
+    torch.testing.assert_close(dweight[0, [0, 4]], dweight[0, [1, 3]])
+    soft = reference(problem._replace(weight=weight))
+    clamped = fq.fake_quantize_backward(
+        torch.tensor([[1.0, 0, 0, 0, 0]]).double(), weight, problem.scale, problem.table(torch.float64), 0.0, False
+    )
+    torch.testing.assert_close(clamped[1] * scale, soft[0, :1])  # soft = s q(+-1): linear in the scale
+    assert dscale.isfinite().all()
+
+
+def test_table_gradient_can_be_left_out(make_quantizer):
+    problem = make_quantizer(4)
+    arguments = (torch.randn_like(problem.weight), *problem[:2], problem.table(torch.float64), 0.1)
+    full, partial = fq.fake_quantize_backward(*arguments, True), fq.fake_quantize_backward(*arguments, False)
+    assert torch.equal(full[0], partial[0])
+    assert torch.equal(full[1], partial[1])
+    assert not partial[2].any()
+    assert full[2].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunks_do_not_change_the_result(make_quantizer, monkeypatch, chunk):
+    problem = make_quantizer(4, shape=(6, 19))
+    table, grad = problem.table(torch.float64), torch.randn_like(problem.weight)
+
+    def run():
+        outputs = [fq.fake_quantize(*problem[:2], table, soft, 0.0, False) for soft in (False, True)]
+        borders = tables.split_table(table).thresholds.contiguous()
+        return [
+            *outputs,
+            fq.encode(*problem[:2], borders),
+            *fq.fake_quantize_backward(grad, *problem[:2], table, 0, True),
+        ]
+
+    whole = run()
+    monkeypatch.setattr(fq, "CHUNK", chunk)
+    for mine, theirs in zip(run(), whole, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+def count_by_definition(weight, scale, borders):
+    return (scale[:, None, None] * borders < weight[..., None]).sum(-1).to(torch.uint8)
+
+
+@given(
+    borders=st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=15),
+    scale=st.floats(0, 2.0**100, width=32),
+    weights=st.lists(st.floats(width=32, allow_nan=False), max_size=20),
+)
+def test_codes_count_thresholds_exactly(borders, scale, weights):
+    """Whatever the rounding of weight / scale: denormal and huge scales, weights on a border, infinities."""
+    borders = torch.tensor([*borders, *[torch.inf] * (2 ** len(borders).bit_length() - 1 - len(borders))])
+    borders, scale = borders.sort().values, torch.tensor([scale])
+    weight = torch.cat([torch.tensor(weights), scale * borders[borders.isfinite()]])[None]
+    assert torch.equal(fq.encode(weight, scale, borders), count_by_definition(weight, scale, borders))
+
+
+def test_a_tie_goes_to_the_lower_code():
+    borders = torch.tensor([-0.5, 0.0, 0.5])
+    weight = torch.tensor([[-1.0, 0.0, 1.0, 1.0001]])
+    assert fq.encode(weight, torch.tensor([2.0]), borders).tolist() == [[0, 1, 2, 3]]
+
+
+def test_codes_of_a_crowded_grid_are_exact():
+    """More borders than bins: every look-up needs many corrections."""
+    borders = torch.cat([torch.linspace(-1e-6, 1e-6, 200), torch.linspace(1e-3, 1, 55)])
+    weight, scale = torch.randn(2, 3000) * torch.tensor([[1e-6], [1.0]]), torch.tensor([1.0, 0.7])
+    assert torch.equal(fq.encode(weight, scale, borders), count_by_definition(weight, scale, borders))
+
+
+# --- awkward inputs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_low_precision_weights_are_computed_in_float32(make_quantizer, soft, dtype):
+    problem = make_quantizer(4)
+    weight, scale, table = problem.weight.to(dtype), problem.scale.float(), problem.table()
+    expected = fq.fake_quantize(weight.float(), scale, table, soft, 0.0, False)
+    actual = fq.fake_quantize(weight, scale, table, soft, 0.0, False)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected.to(dtype))
+
+
+def test_non_contiguous_weight_and_gradient(make_quantizer):
+    problem = make_quantizer(4, shape=(6, 4, 3))
+    table, strided = problem.table(torch.float64), problem.weight.transpose(1, 2).contiguous().transpose(1, 2)
+    grad = torch.randn_like(problem.weight)
+    assert not strided.is_contiguous()
+    for soft in (False, True):
+        expected = fq.fake_quantize(problem.weight, problem.scale, table, soft, 0.0, False)
+        actual = fq.fake_quantize(strided, problem.scale, table, soft, 0.0, False)
+        assert actual.is_contiguous()
+        assert torch.equal(actual, expected)
+    strided_grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = fq.fake_quantize_backward(grad, problem.weight, problem.scale, table, 0.0, True)
+    for mine, theirs in zip(
+        fq.fake_quantize_backward(strided_grad, strided, problem.scale, table, 0.0, True), expected, strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_inputs_are_not_modified(make_quantizer):
+    problem = make_quantizer(3)
+    table, grad = problem.table(torch.float64), torch.randn_like(problem.weight)
+    inputs = [grad, problem.weight, problem.scale, table]
+    copies = [tensor.clone() for tensor in inputs]
+    fq.fake_quantize_backward(*inputs, 0.1, True)
+    fq.fake_quantize(*inputs[1:], True, 0.0, False)
+    assert all(map(torch.equal, inputs, copies))
+
+
+def test_negative_scale_and_unsorted_centroids_are_refused(make_quantizer):
+    problem = make_quantizer(2)
+    scale = problem.scale.clone()
+    scale[1] = -0.25
+    with pytest.raises(ValueError, match=r"scale must not be negative.*-0\.25"):
+        fq.fake_quantize(problem.weight, scale, problem.table(torch.float64), False, 0.0, False)
+    backwards = problem._replace(centroids=problem.centroids.flip(0))
+    with pytest.raises(ValueError, match="centroids must be sorted"):
+        fq.fake_quantize(problem.weight, problem.scale, backwards.table(torch.float64), False, 0.0, False)
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_operator_registration(make_quantizer, device, per_channel):
+    problem = make_quantizer(2, shape=(3, 4, 2), per_channel=per_channel)
+    weight, scale = problem.weight.float().to(device), problem.scale.float().to(device)
+    table = problem.table().to(device)
+    leaves = [tensor.requires_grad_() for tensor in (weight.transpose(1, 2), scale, table)]
+    torch.library.opcheck(fq.fake_quantize, (*leaves, True, 0.1, True))
+    plain = [tensor.detach() for tensor in leaves]
+    torch.library.opcheck(fq.fake_quantize_backward, (torch.randn_like(plain[0]), *plain, 0.1, True))
+    torch.library.opcheck(fq.encode, (*plain[:2], tables.split_table(plain[2]).thresholds))
+
+
+def test_compiled_whole(make_quantizer):
+    problem = make_quantizer(3)
+
+    def loss(weight, scale, centroids, mu):
+        table = tables.build_table(centroids, mu, problem.hardness, None, torch.float64)
+        return fq.fake_quantize(weight, scale, table, True, 0.0, True).square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    grads = []
+    for function in (loss, compiled):
+        leaves = [tensor.clone().requires_grad_() for tensor in problem[:4]]
+        grads.append(torch.autograd.grad(function(*leaves), leaves))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+# --- both implementations: CPU, and Triton on a GPU or in its interpreter ---------------------------------------------
+
+
+class Implementation:
+    """The three functions behind the operators; the interpreter launches kernels on CPU tensors too."""
+
+    def __init__(self, device, triton):
+        prefix = "_launch_" if triton else "_"
+        suffix = "" if triton else "_cpu"
+        self.device = device
+        self.forward, self.encode, self.backward = (
+            getattr(fq, f"{prefix}{name}{suffix}") for name in ("forward", "encode", "backward")
+        )
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def implementation(request):
+    if request.param == "cpu":
+        return Implementation(torch.device("cpu"), triton=False)
+    return Implementation(request.getfixturevalue("kernel_device"), triton=True)
+
+
+SHAPES = [((3, 37), True), ((2, 5, 3), True), ((2, 150), False), ((1, 1), True)]
+LONG = [((1, 2500), True), ((130, 3), True), ((4, 512), True), ((7, 129), False), ((17, 1), True)]
+CASES = [pytest.param(*case) for case in SHAPES] + [pytest.param(*case, marks=pytest.mark.full) for case in LONG]
+
+
+def inputs_of(problem, device, dtype=torch.float32):
+    return [problem.weight.to(dtype).to(device), problem.scale.float().to(device), problem.table().to(device)]
+
+
+def rounded(problem, dtype):
+    """The problem that the inputs in ``dtype`` pose, in float64."""
+    weight, scale = problem.weight.to(dtype).double(), problem.scale.float().double()
+    return problem._replace(weight=weight, scale=scale, centroids=problem.centroids.float().double())
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("shape", "per_channel"), CASES)
+def test_forward_matches_the_reference(make_quantizer, implementation, bits, shape, per_channel):
+    problem = make_quantizer(bits, shape, per_channel=per_channel)
+    weight, scale, table = inputs_of(problem, implementation.device)
+    exact = rounded(problem, torch.float32)
+    soft = implementation.forward(weight, scale, table, True)
+    torch.testing.assert_close(soft.cpu().double(), reference(exact), rtol=0, atol=4e-6)
+    hard = implementation.forward(weight, scale, table, False)
+    assert torch.equal(hard.cpu(), fq._forward_cpu(weight.cpu(), scale.cpu(), table.cpu(), False))
+    agree = (hard.cpu().double() - reference(exact, "hard")).abs() < 1e-6
+    assert agree.double().mean() > 0.99  # but for weights within rounding of a border
+    borders = tables.split_table(table).thresholds
+    codes = implementation.encode(weight, scale, borders).cpu()
+    rows = weight.cpu().reshape(len(scale), -1)
+    assert torch.equal(codes.reshape(rows.shape), count_by_definition(rows, scale.cpu(), borders.cpu()))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize(("shape", "per_channel"), CASES)
+@pytest.mark.parametrize(
+    "mu", [2.0, pytest.param(0.0, marks=pytest.mark.full), pytest.param(255.0, marks=pytest.mark.full)]
+)
+def test_backward_matches_float64(make_quantizer, implementation, bits, shape, per_channel, mu):
+    problem = make_quantizer(bits, shape, per_channel=per_channel, mu=mu, limit=0.9)
+    inputs = inputs_of(problem, implementation.device)
+    grad = torch.randn(shape)
+    actual = implementation.backward(grad.to(implementation.device), *inputs, 0.1, True)
+    exact = [tensor.cpu().double() for tensor in inputs]
+    expected = fq._backward_cpu(grad.double(), *exact, 0.1, True)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert relative_error(mine.cpu(), theirs) < (1e-4 if bits > 5 else 2e-5)
+    without = implementation.backward(grad.to(implementation.device), *inputs, 0.1, False)
+    assert torch.equal(without[0], actual[0])
+    assert torch.equal(without[1], actual[1])
+    assert not without[2].any()
+
+
+@pytest.mark.parametrize("mu", [0.0, 1e-6, 3.9e-3, 4.1e-3, 0.1])
+def test_small_mu_in_float32(make_quantizer, implementation, mu):
+    problem = make_quantizer(2, mu=mu)
+    inputs, grad = inputs_of(problem, implementation.device), torch.randn(5, 70)
+    soft = implementation.forward(*inputs, True)
+    torch.testing.assert_close(soft.cpu().double(), reference(rounded(problem, torch.float32)), rtol=0, atol=2e-6)
+    actual = implementation.backward(grad.to(implementation.device), *inputs, 0.0, True)
+    expected = fq._backward_cpu(grad.double(), *[tensor.cpu().double() for tensor in inputs], 0.0, True)
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), theirs, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dtypes(make_quantizer, implementation, dtype):
+    problem = make_quantizer(3, (4, 40))
+    weight, scale, table = inputs_of(problem, implementation.device, dtype)
+    grad = torch.randn(4, 40, device=weight.device).to(dtype)
+    eps = 2 * torch.finfo(dtype).eps  # the interpreter truncates to bfloat16
+    for soft in (False, True):
+        expected = implementation.forward(weight.float(), scale, table, soft)
+        actual = implementation.forward(weight, scale, table, soft)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.float(), expected, rtol=eps, atol=1e-6)
+    actual = implementation.backward(grad, weight, scale, table, 0.0, True)
+    expected = implementation.backward(grad.float(), weight.float(), scale, table, 0.0, True)
+    assert [tensor.dtype for tensor in actual] == [dtype, torch.float32, torch.float32]
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, rtol=eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0,)])
+def test_empty(make_quantizer, implementation, shape):
+    table = make_quantizer(2).table().to(implementation.device)
+    weight, scale = table.new_empty(shape), table.new_ones(shape[0])
+    assert implementation.forward(weight, scale, table, False).shape == shape
+    assert implementation.encode(weight, scale, table[:3]).shape == shape
+    dweight, dscale, dtable = implementation.backward(weight, weight, scale, table, 0.0, True)
+    assert dweight.shape == shape
+    assert torch.equal(dscale, torch.zeros_like(scale))
+    assert torch.equal(dtable, torch.zeros_like(table))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42])
+def test_a_channel_without_scale_gives_zeros_and_finite_gradients(make_quantizer, implementation, scale):
+    problem = make_quantizer(3)
+    weight, scales, table = inputs_of(problem, implementation.device)
+    scales[2] = scale
+    for soft in (False, True):
+        out = implementation.forward(weight, scales, table, soft)[2]
+        assert (out.abs() <= scale).all()
+        assert scale or not torch.signbit(out).any()
+    grads = implementation.backward(torch.ones_like(weight), weight, scales, table, 0.1, True)
+    assert all(grad.isfinite().all() for grad in grads)
+    weight[2] = 0
+    assert not implementation.forward(weight, scales * (scales > 1e-30), table, False)[2].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite_gives_nan(make_quantizer, implementation, bad):
+    problem = make_quantizer(3)
+    weight, scale, table = inputs_of(problem, implementation.device)
+    clean = [implementation.forward(weight, scale, table, soft) for soft in (False, True)]
+    where = torch.zeros_like(weight, dtype=torch.bool)
+    where[1, 2] = where[3, 69] = True
+    weight[where] = bad
+    for soft in (False, True):
+        out = implementation.forward(weight, scale, table, soft)
+        assert out[where].isnan().all()
+        assert torch.equal(out[~where], clean[soft][~where])
+    dweight, dscale, dtable = implementation.backward(torch.ones_like(weight), weight, scale, table, 0.0, True)
+    assert torch.equal(dweight.isnan(), where)
+    assert torch.equal(dscale.isnan(), where.any(1))
+    assert dtable.isnan().any()
+
+
+def test_backward_is_repeatable_bit_for_bit(make_quantizer, implementation):
+    problem = make_quantizer(4, (9, 130))
+    inputs, grad = inputs_of(problem, implementation.device), torch.randn(9, 130, device=implementation.device)
+    first, second = (implementation.backward(grad, *inputs, 0.1, True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_programs_loop_over_their_tiles(make_quantizer, kernel_device, monkeypatch):
+    """With one program and with many the partial sums are the same sums."""
+    problem = make_quantizer(5, (3, 200))
+    inputs, grad = inputs_of(problem, kernel_device), torch.randn(3, 200, device=kernel_device)
+    many = fq._launch_backward(grad, *inputs, 0.0, True)
+    monkeypatch.setattr(fq, "BACKWARD_PROGRAMS", 2)
+    for mine, theirs in zip(fq._launch_backward(grad, *inputs, 0.0, True), many, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_launching_without_triton_is_a_clear_error(make_quantizer, monkeypatch):
+    from gq_triton.kernels import backend
+
+    monkeypatch.setattr(backend, "triton", None)
+    problem = make_quantizer(2)
+    with pytest.raises(RuntimeError, match="triton is needed"):
+        fq._launch_forward(*inputs_of(problem, torch.device("cpu")), False)
