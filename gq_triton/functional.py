@@ -54,7 +54,7 @@ def fake_quantize(
         scale: ``(C,)`` or ``(1,)``, >= 0; a channel of scale 0 gives zeros.
         centroids: ``(K,)``, sorted, within [-1, 1], K = 2, 4, .., 256.
         mu: companding, >= 0 (0 is uniform); a number or a tensor of one element, which may require a gradient.
-        hardness: a of ``softmax(-a |y - z| / D)``, finite and > 0; a number or a tensor of one element.
+        hardness: a of ``softmax(-a |y - z| / D)``, finite and >= 0; a number or a tensor of one element.
         forward: ``"hard"`` computes the nearest centroid and differentiates the mixture, ``"soft"`` computes the
         mixture.
         codebook_dtype: dtype to which the codebook is snapped: ``"float"`` or None (not at all), ``"int8"``, ``"fp8"``
@@ -86,9 +86,13 @@ def encode(weight: Tensor, scale: Tensor, centroids: Tensor, *, mu: float | Tens
     """Codes (uint8, shape of ``weight``) of the nearest centroids: those of `fake_quantize`, arguments as there.
 
     Raises:
-        TypeError, ValueError: as `fake_quantize`; ValueError where a weight is not finite.
+        TypeError, ValueError: as `fake_quantize`, on every device; ValueError where a weight is not finite.
     """
     _check_quantizer(weight, scale, centroids, mu)
+    if bool((scale < 0).any()):
+        raise ValueError(f"scale must not be negative, but its smallest entry is {scale.min().item():g}")
+    if bool((centroids.diff() < 0).any()):
+        raise ValueError("centroids must be sorted in ascending order")
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(f"weight must be finite to be encoded, but {bad} of its {weight.numel()} entries are not")
@@ -121,6 +125,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack ``codes`` (any shape, uint8, < 2**bits) into bit planes, 1-D uint8; layout in `kernels.packing`."""
     _check_bits(bits)
     _check_dtype("codes", codes, torch.uint8)
+    if bits < 8 and codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"codes must be below {2**bits} for {bits} bits, got {int(codes.max())}")
     return _packing.pack(codes, bits)
 
 

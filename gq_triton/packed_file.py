@@ -30,7 +30,7 @@ from gq_triton.config import GQConfig
 from gq_triton.files import write_atomically
 from gq_triton.kernels.tables import CODEBOOK_SCALES
 from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, twins_of
-from gq_triton.layers.packed_weight import packed_layout
+from gq_triton.layers.packed_weight import finite_or_none, packed_layout
 from gq_triton.quantize import Target, become, disable_fused_paths, find_targets, join, readers_of
 
 _KEY = "gq_triton"
@@ -73,7 +73,7 @@ def save_packed(model: nn.Module, path: str | Path, metadata: Mapping[str, str] 
     if any(isinstance(module, QATLayer) for module in model.modules()):
         raise ValueError("model has prepared layers that are not packed: call quantize_(model, step='convert') first")
     weights = {
-        join(layer_name, name): {"config": packed.config.to_dict(), "sqnr_db": packed.sqnr_db}
+        join(layer_name, name): {"config": packed.config.to_dict(), "sqnr_db": finite_or_none(packed.sqnr_db)}
         for layer_name, layer in model.named_modules()
         if isinstance(layer, PackedLayer)
         for name, packed in layer.packed_weights().items()
@@ -224,7 +224,7 @@ def _read_header(file: Any) -> _Header:
     if not names.issuperset(aliases.values()) or not names.isdisjoint(aliases):
         raise ValueError("its 'aliases' must map names that are not stored to names that are")
     configs = {name: _config(name, entry.get("config")) for name, entry in weights.items()}
-    return _Header(configs, {name: _quality(entry.get("sqnr_db")) for name, entry in weights.items()}, aliases)
+    return _Header(configs, {name: finite_or_none(entry.get("sqnr_db")) for name, entry in weights.items()}, aliases)
 
 
 def _config(name: str, settings: Any) -> GQConfig:
@@ -232,10 +232,6 @@ def _config(name: str, settings: Any) -> GQConfig:
         return GQConfig.from_dict(settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"its settings of {name} are invalid: {error}") from error
-
-
-def _quality(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _check_float(model: nn.Module) -> None:

@@ -75,7 +75,7 @@ class Target:
         layer: the module that has it.
         weight_name: its name there.
         layer_names: full names of the module; several if the model holds it in several places.
-        owner_names: full names of the attention module that reads this ``out_proj``; empty for others.
+        owner_names: full names of the attention modules that read this ``out_proj``; empty for others.
     """
 
     layer: nn.Module
@@ -112,7 +112,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         names[module] = (*names.get(module, ()), name)
     owners = _attention_owners(model)
     return [
-        Target(layer, weight_name, layer_names, names[owners[layer]] if layer in owners else ())
+        Target(layer, weight_name, layer_names, tuple(name for owner in owners.get(layer, ()) for name in names[owner]))
         for layer, layer_names in names.items()
         if (twins := family_of(layer)) is not None
         for weight_name in twins.qat.weight_names(layer)
@@ -149,7 +149,7 @@ def readers_of(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]
         ValueError: if one is of a subclass of ``nn.MultiheadAttention``.
     """
     owners = _attention_owners(model)
-    readers = [owners[layer] for layer in layers if layer in owners]
+    readers = [owner for layer in layers for owner in owners.get(layer, ())]
     for reader in readers:
         if twins_of(reader) is None:
             raise ValueError(f"{type(reader).__name__} reads its out_proj's weight by itself: leave out_proj float")
@@ -169,9 +169,13 @@ def _patterns(config: object) -> dict[str, GQConfig | None]:
     return dict(config)
 
 
-def _attention_owners(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Returns the attention module of each ``out_proj``."""
-    return {module.out_proj: module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+def _attention_owners(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """Returns the attention modules of each ``out_proj``."""
+    owners: dict[nn.Module, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            owners.setdefault(module.out_proj, []).append(module)
+    return owners
 
 
 def _prepare(model: nn.Module, patterns: dict[str, GQConfig | None]) -> None:
@@ -282,23 +286,29 @@ def _convert(model: nn.Module) -> None:
     if not layers:
         raise ValueError("model has no prepared layer to convert: call quantize_(model, config, step='prepare') first")
     warn_of_bypassed(model)
-    packed: dict[tuple[WeightQuantizer, int], dict[str, PackedWeight]] = {}
-    for layer_name, layer in layers.items():
-        for name, quantizer in layer.quantizers().items():
-            key = quantizer, id(getattr(layer, name))
-            if key not in packed:
-                packed[key] = _pack(join(layer_name, name), layer, name, quantizer)
+    made: dict[tuple[object, ...], PackedWeight] = {}
+    # Everything that can fail comes before the first change.
+    packed = [
+        (layer, name, _pack(join(layer_name, name), layer, name, made))
+        for layer_name, layer in layers.items()
+        for name in layer.quantizers()
+    ]
     for layer in layers.values():
-        quantizers = layer.quantizers()
         become(layer, "packed")
-        for name, quantizer in quantizers.items():
-            layer.attach(name, packed[quantizer, id(getattr(layer, name))])
+    for layer, name, pieces in packed:
+        layer.attach(name, pieces)
 
 
-def _pack(full_name: str, layer: QATLayer, name: str, quantizer: WeightQuantizer) -> dict[str, PackedWeight]:
-    weight: Tensor = getattr(layer, name)
-    try:
-        pieces = layer.split(name, len(weight)).items()
-        return {piece: PackedWeight.from_quantizer(quantizer, weight, rows) for piece, rows in pieces}
-    except ValueError as error:
-        raise ValueError(f"{full_name} cannot be packed: {error}") from error
+def _pack(
+    full_name: str, layer: QATLayer, name: str, made: dict[tuple[object, ...], PackedWeight]
+) -> dict[str, PackedWeight]:
+    """Returns the packed pieces of a weight; those that another layer shares are taken from ``made``, or put there."""
+    weight, quantizer = getattr(layer, name), layer.quantizers()[name]
+    pieces = {}
+    for piece, rows in layer.split(name, len(weight)).items():
+        key = quantizer, id(weight), rows.start, rows.stop
+        try:
+            pieces[piece] = made[key] = made.get(key) or PackedWeight.from_quantizer(quantizer, weight, rows)
+        except ValueError as error:
+            raise ValueError(f"{full_name} cannot be packed: {error}") from error
+    return pieces

@@ -16,6 +16,7 @@ derive the same codebook and scales.
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,10 @@ class WeightQuantizer(FixedDtypeModule):
         self._cache = None
         super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def scale(self) -> Tensor:
         """Returns the scales, (C,) or (1,), float32, at least 0."""

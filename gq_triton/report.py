@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gq_triton.config import GQConfig
 from gq_triton.layers import PackedWeight, QATLayer
-from gq_triton.layers.packed_weight import packed_layout, sqnr_db
+from gq_triton.layers.packed_weight import finite_or_none, packed_layout, sqnr_db
 from gq_triton.quantizer import WeightQuantizer
 
 
@@ -67,10 +68,10 @@ class Report:
         return self.float32_bytes / self.packed_bytes if self.packed_bytes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns rows and totals as JSON-able values."""
+        """Returns rows and totals as JSON-able values; an SQNR that is not finite is None, as JSON has no infinity."""
         totals = ("parameters", "bytes", "packed_bytes", "float32_bytes", "ratio")
         return {
-            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "rows": [{**dataclasses.asdict(row), "sqnr_db": finite_or_none(row.sqnr_db)} for row in self.rows],
             **{name: getattr(self, name) for name in totals},
         }
 
@@ -106,7 +107,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         for weight_name, quantizer in quantizers.items():
             weight = getattr(module, weight_name)
             if _first_time(weight, seen):
-                yield _prepared_row(f"{name}.{weight_name}".lstrip("."), weight, quantizer)
+                pieces = module.split(weight_name, len(weight)).values()
+                packed = sum(_packed_bytes(quantizer.config, weight[rows].shape) for rows in pieces)
+                yield _prepared_row(f"{name}.{weight_name}".lstrip("."), weight, quantizer, packed)
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         rest = [tensor for tensor in own if _first_time(tensor, seen)]
         if rest:
@@ -124,10 +127,12 @@ def _packed_row(name: str, packed: PackedWeight) -> Row:
     return Row(name, packed.config.bits, packed.shape.numel(), size, size, packed.sqnr_db)
 
 
-def _prepared_row(name: str, weight: Tensor, quantizer: WeightQuantizer) -> Row:
+def _packed_bytes(config: GQConfig, shape: torch.Size) -> int:
+    return sum(dtype.itemsize * size[0] for size, dtype in packed_layout(config, shape).values())
+
+
+def _prepared_row(name: str, weight: Tensor, quantizer: WeightQuantizer, packed: int) -> Row:
     own = [weight, *quantizer.parameters(), *quantizer.buffers()]
-    layout = packed_layout(quantizer.config, weight.shape).values()
-    packed = sum(dtype.itemsize * size[0] for size, dtype in layout)
     was_training = quantizer.training
     quality = sqnr_db(weight, quantizer.eval()(weight))
     quantizer.train(was_training)

@@ -15,14 +15,14 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gq_triton.kernels import fake_quantize, packed_embedding, packed_linear
 from gq_triton.kernels.backend import INTERPRETED, next_power_of_2, triton
 
-__all__ = ["PARTS", "SHARED_LIMITS", "Usage", "compile_variant", "variants"]
+__all__ = ["PARTS", "SHARED_LIMITS", "Usage", "compile_variant", "report", "usage", "variants"]
 
 PARTS = {
     "sm_80": ("cuda", 80, 32),
@@ -131,6 +131,17 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, bool]:
     return numbers["vgpr_count"], numbers["vgpr_spill_count"], "v_mfma" in asm["amdgcn"]
 
 
+def report(bits: Iterable[int], dtypes: Iterable[str], parts: Iterable[str]) -> list[dict[str, Any]]:
+    """One row per kernel, width, dtype and part: "bits", "dtype" and the fields of `Usage`."""
+    if triton is None:
+        raise RuntimeError("triton is needed to compile kernels: pip install 'gq-triton[triton]'")
+    rows = []
+    for width, dtype in itertools.product(bits, dtypes):
+        for variant, part in itertools.product(variants(width, dtype), parts):
+            rows.append({"bits": width, "dtype": dtype, **dataclasses.asdict(usage(variant, part))})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and report what they use.")
     parser.add_argument("--bits", type=int, nargs="+", default=[4], choices=range(1, 9))
@@ -138,10 +149,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     options = parser.parse_args()
-    rows = []
-    for bits, dtype in itertools.product(options.bits, options.dtypes):
-        for variant, part in itertools.product(variants(bits, dtype), options.parts):
-            rows.append({"bits": bits, "dtype": dtype, **dataclasses.asdict(usage(variant, part))})
+    rows = report(options.bits, options.dtypes, options.parts)
     print(json.dumps(rows) if options.json else _table(rows))
 
 

@@ -33,6 +33,8 @@ def launching(tensor: Tensor) -> AbstractContextManager:
     """Make the device of ``tensor`` the current one for a launch (of the interpreter, for a CPU tensor)."""
     if triton is None:
         raise RuntimeError(f"triton is needed to quantize tensors on {tensor.device}: pip install 'gq-triton[triton]'")
+    if tensor.dtype == torch.float64:
+        raise TypeError(f"float64 is computed on the CPU only, got a float64 tensor on {tensor.device}")
     return torch.cuda.device_of(tensor)
 
 

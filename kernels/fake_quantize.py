@@ -584,7 +584,6 @@ def _check_values(scale: Tensor, table: Tensor) -> None:
     """Checked on the CPU only: on a GPU the answer would have to be waited for."""
     if (scale < 0).any():
         raise ValueError(f"scale must not be negative, but its smallest entry is {scale.min().item():g}")
-    low, high = split_table(table).curve[2:].tolist()
-    borders = split_table(table).thresholds
-    if high <= low or (borders[1:] < borders[:-1]).any():
-        raise ValueError("centroids must be sorted in ascending order, the first below the last")
+    parts = split_table(table)
+    if not 0 <= parts.curve[0] < torch.inf or (parts.thresholds.diff() < 0).any():
+        raise ValueError("centroids must be sorted and not all equal, and hardness finite and not negative")

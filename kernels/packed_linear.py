@@ -5,7 +5,8 @@ Mathematics.  With the codes of row n unpacked from bit planes (layout in `gq_tr
     y[m, n] = epilogue(s[n] * sum_k x[m, k] c[code[n, k]] + b[n])
 
 The scale leaves the sum, so that the inner product runs on codebook values alone.  The float weight never exists as a
-whole: the CPU decodes a few rows at a time into its cache, the GPU decodes a tile into registers.
+whole: the CPU decodes a few rows at a time into its cache, the GPU decodes a tile into registers.  Only the backward pass,
+for models that train something else around packed layers, decodes it whole; x and b get gradients, the packed weight none.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
+}
+_EPILOGUE_GRADS = {
+    "relu": lambda grad, before: torch.where(before > 0, grad, 0),
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
 }
 CHUNK = 1 << 16  # weights decoded at a time on the CPU
 
@@ -187,3 +193,22 @@ packed_linear.register_kernel("cuda")(_launch)
 @packed_linear.register_fake
 def _(x, packed, values, scale, bias, bits, epilogue):
     return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.bits, ctx.epilogue = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    x, packed, values, scale, bias = ctx.saved_tensors
+    if ctx.epilogue != "none":
+        before = packed_linear(x, packed, values, scale, bias, ctx.bits, "none")
+        grad = _EPILOGUE_GRADS[ctx.epilogue](grad, before)
+    weight = values[unpack(packed, ctx.bits, (scale.shape[0], x.shape[-1])).int()]
+    dx = ((grad.to(values.dtype) * scale) @ weight).to(x.dtype)
+    dbias = None if bias is None else grad.to(values.dtype).sum(tuple(range(grad.dim() - 1))).to(bias.dtype)
+    return dx, None, None, None, dbias, None, None
+
+
+packed_linear.register_autograd(_backward, setup_context=_setup_context)

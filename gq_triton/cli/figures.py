@@ -26,8 +26,8 @@ def plot_error_rates(path: Path, summary: dict) -> None:
         values = [100 * row[f"{key}_wer"] for row in rows]
         ends = [[100 * end for end in row[f"{key}_interval"]] for row in rows]
         errors = [
-            [value - low for value, (low, _) in zip(values, ends, strict=True)],
-            [high - value for value, (_, high) in zip(values, ends, strict=True)],
+            [max(value - low, 0.0) for value, (low, _) in zip(values, ends, strict=True)],
+            [max(high - value, 0.0) for value, (_, high) in zip(values, ends, strict=True)],
         ]
         left = [place + offset for place in places]
         bars = axes.bar(left, values, width=0.38, label=label, color=color, yerr=errors, ecolor=FLOAT, capsize=3)

@@ -1,5 +1,6 @@
 """A quantized weight as it is deployed: packed codes, a codebook, scales. No float weight is held."""
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -93,8 +94,13 @@ def packed_layout(config: GQConfig, shape: torch.Size) -> dict[str, tuple[tuple[
     }
 
 
+def finite_or_none(value: object) -> float | None:
+    """Returns ``value`` if it is a finite number, which JSON can hold, else None."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max else None
+
+
 def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
     """Returns 10 log10(|weight|^2 / |weight - quantized|^2): infinite where they are equal."""
-    weight = weight.detach().float()
-    noise = (weight - quantized.detach().float()).square().sum()
-    return float(10.0 * torch.log10(weight.square().sum() / noise)) if noise > 0 else float("inf")
+    weight = weight.detach().double()  # squares of small and large float32 weights do not fit in float32
+    noise = (weight - quantized.detach().double()).square().sum()
+    return float("inf") if noise == 0 else float(10.0 * torch.log10(weight.square().sum() / noise))

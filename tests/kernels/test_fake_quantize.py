@@ -3,8 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gq_triton.kernels import backend, tables
 from gq_triton.kernels import fake_quantize as fq
-from gq_triton.kernels import tables
+from gq_triton.kernels.backend import tl
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: 1 / 0 and NaN
 
@@ -450,9 +451,23 @@ def test_programs_loop_over_their_tiles(make_quantizer, kernel_device, monkeypat
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_launching_without_triton_is_a_clear_error(make_quantizer, monkeypatch):
-    from gq_triton.kernels import backend
+@backend.jit
+def _store_offsets(out, tile, rows, columns, ROWS: tl.constexpr, COLS: tl.constexpr):
+    _, offset, mask = fq._tile(tile.to(tl.int64), rows, columns, ROWS, COLS)
+    place = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(out + place, tl.where(mask, offset, -1))
 
+
+def test_offsets_do_not_overflow_32_bits(kernel_device):
+    rows, columns, tile = 5_000_001, 1025, 2_500_000 * 65 + 64  # the last tile across, of the last but one row of tiles
+    out = torch.empty(2, 16, dtype=torch.int64, device=kernel_device)
+    _store_offsets[(1,)](out, tile, rows, columns, 2, 16)
+    expected = torch.full((2, 16), -1)
+    expected[0, 0] = 5_000_000 * 1025 + 1024
+    assert torch.equal(out.cpu(), expected)
+
+
+def test_launching_without_triton_is_a_clear_error(make_quantizer, monkeypatch):
     monkeypatch.setattr(backend, "triton", None)
     problem = make_quantizer(2)
     with pytest.raises(RuntimeError, match="triton is needed"):

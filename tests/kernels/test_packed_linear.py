@@ -17,7 +17,6 @@ def problem(bits, m, n, k, dtype=torch.float32, device="cpu"):
     return [tensor.to(device) for tensor in tensors]
 
 
-
 @pytest.fixture(params=["cpu", "triton"])
 def implementation(request):
     if request.param == "cpu":
