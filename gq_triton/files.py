@@ -26,9 +26,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def save_json(path: str | Path, value: object) -> None:

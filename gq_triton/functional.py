@@ -177,7 +177,7 @@ def packed_linear(
         epilogue: None, ``"relu"``, ``"silu"`` or ``"gelu"``.
 
     Returns:
-        ``(..., out_features)`` in the dtype of ``x``.
+        ``(..., out_features)`` in the dtype of ``x``. Gradients reach ``x`` and ``bias``.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, a shape that does not fit, or an unknown option.

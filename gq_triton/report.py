@@ -54,7 +54,7 @@ class Report:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all tensors once packed, which is what a packed file holds besides its header."""
+        """Bytes of all tensors once packed: what a packed file holds besides its header, and non-persistent buffers."""
         return sum(row.packed_bytes for row in self.rows)
 
     @property

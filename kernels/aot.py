@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gq_triton.kernels import fake_quantize, packed_embedding, packed_linear
 from gq_triton.kernels.backend import INTERPRETED, next_power_of_2, triton
 
@@ -76,7 +78,8 @@ def variants(bits: int, dtype: str = "fp32") -> Iterator[Variant]:
     codes = {"packed": "*u8", "values": "*fp32", "scale": "*fp32"}
     operand = getattr(triton.language, DTYPES[dtype])
     for m in (1, 64):
-        blocks = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), packed_linear.choose_blocks(m), strict=True))
+        chosen = packed_linear.choose_blocks(m, getattr(torch, DTYPES[dtype]))
+        blocks = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), chosen, strict=True))
         tensors = {"x": f"*{dtype}", **codes, "bias": "*fp32", "out": f"*{dtype}"}
         numbers = {"m": "i32", "rows": "i32", "features": "i32", "count": "i32", "scale_stride": 1}
         options = {"HAS_BIAS": True, "EPILOGUE": "gelu", "OPERAND": operand, "BITS": bits}

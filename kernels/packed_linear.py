@@ -5,8 +5,9 @@ Mathematics.  With the codes of row n unpacked from bit planes (layout in `gq_tr
     y[m, n] = epilogue(s[n] * sum_k x[m, k] c[code[n, k]] + b[n])
 
 The scale leaves the sum, so that the inner product runs on codebook values alone.  The float weight never exists as a
-whole: the CPU decodes a few rows at a time into its cache, the GPU decodes a tile into registers.  Only the backward pass,
-for models that train something else around packed layers, decodes it whole; x and b get gradients, the packed weight none.
+whole: the CPU decodes a few rows at a time into its cache, the GPU decodes a tile into registers.  Only the backward
+pass, for whatever else is trained around a packed layer, decodes it whole: x and b get gradients, the packed weight
+none.
 """
 
 from __future__ import annotations
@@ -125,9 +126,10 @@ def _kernel(
 _OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def choose_blocks(m: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K)"""
-    return max(16, min(64, next_power_of_2(m))), 32, 64
+def choose_blocks(m: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K); float32 products run outside tensor cores, where larger tiles overflow registers."""
+    largest, depth = (32, 32) if dtype == torch.float32 else (64, 64)
+    return max(16, min(largest, next_power_of_2(m))), 32, depth
 
 
 def _launch(
@@ -138,7 +140,7 @@ def _launch(
     if not out.numel():
         return out
     m = out.numel() // rows
-    blocks = choose_blocks(m)
+    blocks = choose_blocks(m, x.dtype)
     operand = tl.float32 if INTERPRETED else getattr(tl, _OPERANDS[x.dtype])  # numpy has no bfloat16
     grid = (cdiv(m, blocks[0]) * cdiv(rows, blocks[1]),)
     tensors = (

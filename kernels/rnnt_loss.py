@@ -1,17 +1,19 @@
 """The transducer (RNN-T) loss.
 
-Mathematics (Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, section 2.4).  For encoder frames
-t = 0..T-1 and emitted labels u = 0..U, the joint network gives p(k | t, u).  An alignment walks from (0, 0) to (T, U): a blank
-moves to (t+1, u), label y_{u+1} to (t, u+1); the last step is the blank leaving (T-1, U).  With
+Mathematics (Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, section 2.4).  For
+encoder frames t = 0..T-1 and emitted labels u = 0..U, the joint network gives p(k | t, u).  An alignment walks from
+(0, 0) to (T, U): a blank moves to (t+1, u), label y_{u+1} to (t, u+1); the last step is the blank leaving (T-1, U).
 
     alpha(t, u) = log sum of all prefixes that reach (t, u)        alpha(0, 0) = 0
     beta(t, u)  = log sum of all suffixes from (t, u) to the end   beta(T, U) = 0
 
-log P(y | x) = beta(0, 0), and the posterior of taking an edge is exp(alpha + edge + beta_next - log P).  The gradient of
--log P in the logits of node (t, u) is softmax * (sum of the node's edge posteriors) minus the posterior of each edge's own label.
+log P(y | x) = beta(0, 0), and the posterior of taking an edge is exp(alpha + edge + beta_next - log P).  The gradient
+of -log P in the logits of node (t, u) is softmax * (sum of the node's edge posteriors) minus the posterior of each
+edge's own label.
 
-All nodes of one anti-diagonal n = t + u depend only on the previous one, so the lattice is swept in T + U steps, each vectorised
-over batch and labels.  Node (t, u) is stored at ``[n, b, u]``; edges that leave the lattice of a shorter utterance are -inf.
+All nodes of one anti-diagonal n = t + u depend only on the previous one, so the lattice is swept in T + U steps, each
+vectorised over batch and labels.  Node (t, u) is stored at ``[n, b, u]``; edges that leave the lattice of a shorter
+utterance are -inf.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def rnnt_loss(
     """Negative log-likelihood of the targets, summed over all alignments (arXiv 1211.3711).
 
     Args:
-        logits: ``(B, T, U + 1, V)`` unnormalised joint outputs, any floating dtype; the lattice is computed in float32 (float64 for float64).
+        logits: ``(B, T, U + 1, V)`` unnormalised joint outputs, any floating dtype; the lattice is computed in float32
+            (float64 for float64).
         targets: ``(B, U)`` int64 labels, padded with any valid id.
         logit_lengths: ``(B,)`` frames per utterance, 1..T.
         target_lengths: ``(B,)`` labels per utterance, 0..U.
@@ -140,7 +143,7 @@ def _masked_edges(blank_edge, label_edge, logit_lengths, target_lengths):
 
 def _skew(edges: Tensor) -> Tensor:
     """``(B, T, U + 1)`` by frame -> ``(T + U, B, U + 1)`` by anti-diagonal, -inf outside."""
-    batch, frames, rows = edges.shape
+    _, frames, rows = edges.shape
     u = torch.arange(rows, device=edges.device)
     t = torch.arange(frames + rows - 1, device=edges.device)[:, None] - u
     outside = (t < 0) | (t >= frames)

@@ -25,6 +25,8 @@ def test_defaults():
         ("mu", math.nan),
         ("mu", math.inf),
         ("mu", "auto"),
+        ("mu", 8001.0),  # float32 and the kernels still have room
+        ("mu", 10**400),
         ("learn_mu", 1),
         ("granularity", "row"),
         ("forward", "straight"),

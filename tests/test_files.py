@@ -44,6 +44,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_others_may_read_what_they_may_read_of_any_file(tmp_path):
+    (tmp_path / "plain").write_text("")
+    save_tensors(tmp_path / "tensors", {"a": torch.ones(2)}, {})
+    save_json(tmp_path / "json", {})
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_json_is_written_for_people(tmp_path):
     save_json(tmp_path / "a.json", {"b": [1, 2]})
     assert (tmp_path / "a.json").read_text().startswith('{\n  "b"')

@@ -312,6 +312,7 @@ HEADERS = {
         set_to("weights", "joint.weight", "config", "bits", value=9),
         r"settings of joint\.weight are invalid: bits",
     ),
+    "huge mu": (set_to("weights", "joint.weight", "config", "mu", value=10**400), "mu must be"),
     "huge bits": (set_to("weights", "joint.weight", "config", "bits", value=10**9), "bits must be"),
     "config": (set_to("weights", "joint.weight", "config", value=None), "must be a mapping"),
     "unknown setting": (set_to("weights", "joint.weight", "config", "rank", value=1), "unknown names"),
@@ -391,6 +392,14 @@ def test_sharing_that_cannot_be(saved, tmp_path):
         refused(rewritten(saved, tmp_path / "x.safetensors", change), "is shared with something that is not the same")
 
 
-def test_an_alien_sqnr_is_ignored(saved, tmp_path):
-    path = rewritten(saved, tmp_path / "x.safetensors", set_to("weights", "joint.weight", "sqnr_db", value="loud"))
+@pytest.mark.parametrize("value", ["loud", float("inf"), 10**400])
+def test_an_alien_sqnr_is_ignored(saved, tmp_path, value):
+    path = rewritten(saved, tmp_path / "x.safetensors", set_to("weights", "joint.weight", "sqnr_db", value=value))
     assert gq.load_packed(Model(), path).joint.weight_packed.sqnr_db is None
+
+
+def test_headers_are_strict_json(tmp_path):
+    layer = nn.Linear(4, 3)
+    nn.init.zeros_(layer.weight)  # an infinite SQNR
+    gq.save_packed(gq.quantize_(gq.quantize_(layer, gq.GQConfig()), step="convert"), tmp_path / "x.safetensors")
+    assert "Infinity" not in contents(tmp_path / "x.safetensors")[1]["gq_triton"]

@@ -7,7 +7,7 @@ from quantized import convert, hard_weights, packed_weights, prepare, same
 from torch import nn
 
 import gq_triton as gq
-from gq_triton.layers import PackedLinear, QATLinear
+from gq_triton.layers import PackedLinear, QATLinear, QATMultiheadAttention
 
 
 class Model(nn.Module):
@@ -188,6 +188,40 @@ def test_a_weight_that_another_kind_of_module_holds_is_refused():
     model.norm.register_parameter("reused", model.head.weight)
     with pytest.raises(ValueError, match=r"head\.weight is shared with norm\.reused"):
         gq.quantize_(model, gq.GQConfig())
+
+
+def test_weights_that_are_tied_under_different_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(6, 6, num_layers=2)
+            self.lstm.weight_hh_l1 = self.lstm.weight_hh_l0
+            self.attention = nn.MultiheadAttention(6, 2)
+            self.joint = nn.Linear(6, 18)
+            self.joint.weight = self.attention.in_proj_weight
+
+        def forward(self, x):
+            x = self.lstm(x)[0]
+            return self.joint(self.attention(x, x, x)[0])
+
+    prepared, twin = prepare(Tied(), bits=3)
+    packed = convert(prepared)
+    x = torch.randn(4, 2, 6)
+    same(packed(x), twin(x))
+    assert packed.lstm.weight_hh_l1_packed is packed.lstm.weight_hh_l0_packed
+    assert not quantizers(packed)
+
+
+def test_an_output_projection_that_two_attention_modules_share():
+    for name in ("a.out_proj", "a", "b"):
+        model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.MultiheadAttention(4, 2)})
+        model["b"].out_proj = model["a"].out_proj
+        gq.quantize_(model, {f"{name}*": gq.GQConfig(bits=1)})
+        x = torch.randn(3, 2, 4)
+        for attention in model.values():
+            attention(x, x, x)
+            assert type(attention) is QATMultiheadAttention
+        assert model["a"].out_proj.weight_quantizer.trained
 
 
 def test_a_module_that_is_used_twice_is_quantized_once():
@@ -372,6 +406,14 @@ def test_checkpoints_without_a_weight_do_not_refit():
     missing = model.load_state_dict({"head.bias": torch.zeros(12)}, strict=False).missing_keys
     assert "head.weight_quantizer.log_scale" in missing
     assert torch.equal(model.head.weight_quantizer.scale(), scale)
+
+
+def test_float_checkpoints_that_are_not_finite_are_refused_by_name():
+    model = gq.quantize_(Model(), gq.GQConfig())
+    checkpoint = Model().state_dict()
+    checkpoint["head.weight"][0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=r"head\.weight cannot be quantized: weight must be finite"):
+        model.load_state_dict(checkpoint)
 
 
 def test_checkpoints_that_lack_part_of_a_quantizer_are_refused():

@@ -268,7 +268,7 @@ def test_gradients_between_requantizations():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
 
-def test_a_remembered_weight_is_forgotten_by_fit_and_by_moves():
+def test_a_remembered_weight_is_forgotten_by_fits_moves_and_loads():
     weight = nn.Parameter(torch.randn(3, 40))
     quantizer = fitted(weight, requantize_every=100).train()
     quantizer(weight)
@@ -278,6 +278,10 @@ def test_a_remembered_weight_is_forgotten_by_fit_and_by_moves():
     quantizer.train()
     step_all(weight)
     quantizer.cpu()
+    assert torch.equal(quantizer(weight), quantizer.eval()(weight))
+    quantizer.train()
+    step_all(weight)
+    quantizer.load_state_dict(quantizer.state_dict())
     assert torch.equal(quantizer(weight), quantizer.eval()(weight))
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -75,6 +76,35 @@ def test_sqnr_of_exactly_represented_weights_is_infinite():
     layer = nn.Linear(1, 3)
     layer.weight.data.fill_(0.5)
     assert gq.report(gq.quantize_(layer, gq.GQConfig(bits=1))).rows[0].sqnr_db == math.inf
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_sqnr_does_not_depend_on_the_weights_magnitude(size):
+    layer = nn.Linear(50, 20)
+    plain = gq.report(gq.quantize_(copy.deepcopy(layer), gq.GQConfig(bits=2))).rows[0].sqnr_db
+    layer.weight.data.mul_(size)
+    row = gq.report(gq.quantize_(layer, gq.GQConfig(bits=2))).rows[0]
+    assert row.sqnr_db == pytest.approx(plain, abs=0.01)
+
+
+def test_sqnr_of_nan_is_nan_and_not_infinite():
+    layer = gq.quantize_(nn.Linear(5, 2), gq.GQConfig())
+    layer.weight.data[0, 0] = math.nan
+    assert math.isnan(gq.report(layer).rows[0].sqnr_db)
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 3}, {"bias": False}])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_prepared_attention_foretells_the_size_of_its_packed_pieces(options, granularity):
+    prepared = gq.quantize_(nn.MultiheadAttention(5, 1, **options), gq.GQConfig(bits=3, granularity=granularity))
+    assert gq.report(prepared).packed_bytes == gq.report(convert(prepared)).packed_bytes
+
+
+def test_a_report_is_strict_json():
+    layer = nn.Linear(4, 3)
+    nn.init.zeros_(layer.weight)
+    values = gq.report(gq.quantize_(layer, gq.GQConfig())).to_dict()
+    assert json.loads(json.dumps(values, allow_nan=False))["rows"][0]["sqnr_db"] is None
 
 
 def test_dict_and_table():

@@ -41,8 +41,8 @@ class _Attention(QuantizableLayer):
         """Takes and returns what ``nn.MultiheadAttention`` does.
 
         Raises:
-            ValueError: for nested tensors, for dimensions other than 2 or 3, or for ``is_causal`` without
-                ``attn_mask``.
+            ValueError: for nested tensors, for dimensions other than 2 or 3, for ``is_causal`` without
+                ``attn_mask``, or for a mask of a wrong shape or dtype.
         """
         _check(query, key, value, attn_mask, is_causal)
         batched = query.dim() == 3
@@ -54,7 +54,7 @@ class _Attention(QuantizableLayer):
 
         q, k, v = self._projections(query, key, value)
         k, v, appended = self._append(k, v)
-        mask = self._mask(attn_mask, key_padding_mask, q, appended)
+        mask = self._mask(attn_mask, key_padding_mask, q, k.shape[1] - appended, appended)
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         heads, weights = self._attend(q, k, v, mask, need_weights)
         output = self.out_proj(heads.transpose(1, 2).flatten(2))
@@ -76,15 +76,18 @@ class _Attention(QuantizableLayer):
         return k, v, k.shape[1] - length
 
     def _mask(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor, appended: int
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int, appended: int
     ) -> Tensor | None:
         """Returns both masks as one additive mask that broadcasts to (B, heads, L, S), or None."""
+        batch, queries, _ = q.shape
         masks = []
         if attn_mask is not None:
-            mask = _additive(attn_mask, like.dtype)
+            _check_mask("attn_mask", attn_mask, (queries, keys), (batch * self.num_heads, queries, keys))
+            mask = _additive(attn_mask, q.dtype)
             masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads)))
         if key_padding_mask is not None:
-            masks.append(_additive(key_padding_mask, like.dtype)[:, None, None, :])
+            _check_mask("key_padding_mask", key_padding_mask, (batch, keys))
+            masks.append(_additive(key_padding_mask, q.dtype)[:, None, None, :])
         return pad(sum(masks), (0, appended)) if masks else None
 
     def _attend(
@@ -134,6 +137,13 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+
+
+def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"{name} must be boolean or floating; got {mask.dtype}")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:

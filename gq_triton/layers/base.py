@@ -9,13 +9,15 @@ second name for a shared module, or the caller who quantizes one lone layer, kee
 sub-module per weight: ``weight_ih_l0_quantizer``, ``in_proj_weight_packed``, ...
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from gq_triton import functional as F
 from gq_triton.layers.packed_weight import PackedWeight
 from gq_triton.quantizer import WeightQuantizer
+
+Child = TypeVar("Child", bound=nn.Module)
 
 
 class QuantizableLayer(nn.Module):
@@ -46,9 +48,7 @@ class QATLayer(QuantizableLayer):
 
     def quantizers(self) -> dict[str, WeightQuantizer]:
         """Returns the quantizers by name of the weight; weights without one are computed with as they are."""
-        suffix = "_quantizer"
-        children = self.named_children()
-        return {name.removesuffix(suffix): child for name, child in children if isinstance(child, WeightQuantizer)}
+        return _children(self, WeightQuantizer, "_quantizer")
 
     def quantized(self, name: str) -> Tensor:
         """Returns weight ``name`` as the layer computes with it."""
@@ -61,15 +61,17 @@ class QATLayer(QuantizableLayer):
         quantizer = getattr(self, f"{name}_quantizer", None)
         return x if quantizer is None else quantize_activations(x, quantizer.config.activations)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        *_, errors = args
         for name, quantizer in self.quantizers().items():
             own = f"{prefix}{name}_quantizer."
             if f"{prefix}{name}" in state_dict and not any(key.startswith(own) for key in state_dict):
                 # A float checkpoint: what was fitted belonged to the previous weight.
-                quantizer.fit(getattr(self, name))
+                try:
+                    quantizer.fit(getattr(self, name))
+                except ValueError as error:
+                    errors.append(f"{prefix}{name} cannot be quantized: {error}")
                 state_dict.update(quantizer.state_dict(prefix=own))
 
 
@@ -85,8 +87,7 @@ class PackedLayer(QuantizableLayer):
 
     def packed_weights(self) -> dict[str, PackedWeight]:
         """Returns the packed weights by name of the weight."""
-        children = self.named_children()
-        return {name.removesuffix("_packed"): child for name, child in children if isinstance(child, PackedWeight)}
+        return _children(self, PackedWeight, "_packed")
 
     def decoded(self, name: str) -> Tensor:
         """Returns weight ``name`` as the layer computes with it."""
@@ -117,12 +118,18 @@ class PackedLayer(QuantizableLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if f"{name}_packed" not in self.__dict__.get("_modules", {}):
+            pieces = [f"{piece}_packed" for piece in self.split(name, 0)]
+            if not set(pieces) <= self.__dict__.get("_modules", {}).keys():
                 raise
         raise AttributeError(
             f"{type(self).__name__}.{name} is packed and cannot be read as a tensor: call the layer, or decode "
-            f"{name}_packed"
+            f"{' and '.join(pieces)}"
         )
+
+
+def _children(layer: nn.Module, kind: type[Child], suffix: str) -> dict[str, Child]:
+    # Not named_children(), which leaves out the second name of a child that tied weights share.
+    return {name.removesuffix(suffix): child for name, child in layer._modules.items() if isinstance(child, kind)}
 
 
 def quantize_activations(x: Tensor, dtype: str | None) -> Tensor:

@@ -2,4 +2,4 @@
 
 from .rnnt import RNNT, RNNT_PRESETS, RNNTConfig
 
-__all__ = ["RNNT", "RNNTConfig", "RNNT_PRESETS"]
+__all__ = ["RNNT", "RNNT_PRESETS", "RNNTConfig"]

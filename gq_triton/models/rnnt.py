@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RNNT", "RNNTConfig", "RNNT_PRESETS", "Encoder", "EncoderState", "Joint", "Lattice", "Predictor"]
+__all__ = ["RNNT", "RNNT_PRESETS", "Encoder", "EncoderState", "Joint", "Lattice", "Predictor", "RNNTConfig"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class RNNTConfig:
         return cls(**values)
 
 
-#: ``tiny`` for the quickstart, ``small`` for AN4 (about 2.7 M parameters), ``base`` the size class of on-device recognizers (about 60 M).
+#: ``tiny`` for the quickstart, ``small`` for AN4 (about 2.8 M parameters), ``base`` the size class of on-device
+#: recognizers (about 60 M).
 RNNT_PRESETS: dict[str, dict] = {
     "tiny": dict(
         encoder_layers=2,
@@ -124,7 +125,10 @@ class EncoderState(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Stacked unidirectional LSTMs, each followed by LayerNorm, over joined frames; ``(B, T, features)`` -> ``(B, T // subsampling, output_size)``."""
+    """Stacked unidirectional LSTMs, each followed by LayerNorm, over joined frames.
+
+    ``(B, T, features)`` -> ``(B, T // subsampling, output_size)``.
+    """
 
     def __init__(self, config: RNNTConfig) -> None:
         super().__init__()
@@ -187,7 +191,7 @@ def _join_frames(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 class Predictor(nn.Module):
-    """The label language model of the transducer: embedding and LSTM. The blank's embedding stands for "no label yet"."""
+    """The label language model of the transducer: embedding and LSTM. The blank stands for "no label yet"."""
 
     def __init__(self, config: RNNTConfig) -> None:
         super().__init__()
@@ -208,7 +212,7 @@ class Predictor(nn.Module):
 
 
 class Joint(nn.Module):
-    """Combines encoder and predictor outputs: ``output(tanh(encoder + predictor))``, broadcasting over their leading axes."""
+    """Combines encoder and predictor outputs: ``output(tanh(encoder + predictor))``, broadcasting."""
 
     def __init__(self, config: RNNTConfig, encoder_size: int) -> None:
         super().__init__()
@@ -217,7 +221,7 @@ class Joint(nn.Module):
         self.output = nn.Linear(config.joint, config.vocab_size)
 
     def forward(self, encoded: Tensor, predicted: Tensor) -> Tensor:
-        """``(..., encoder_size)`` and ``(..., predictor_hidden)``, already broadcastable -> ``(..., vocab_size)`` logits."""
+        """``(..., encoder_size)`` and ``(..., predictor_hidden)``, broadcastable -> ``(..., vocab_size)`` logits."""
         return self.output(torch.tanh(self.encoder(encoded) + self.predictor(predicted)))
 
 

@@ -32,6 +32,7 @@ ALLOCATIONS: dict[str, dict[str, GQConfig | None]] = {
     "5 bits": {"*": GQConfig(bits=5)},
     "4 bits": {"*": GQConfig(bits=4)},
     "2 bits": {"*": GQConfig(bits=2)},
+    "1 bit": {"*": GQConfig(bits=1)},
     "mixed, LSTMs at 1 bit": {
         "encoder.layers.1": GQConfig(bits=1),
         "predictor.lstm": GQConfig(bits=1),
@@ -61,7 +62,7 @@ class Recipe:
     train: TrainConfig
     qat: TrainConfig
     beam_width: int = 1
-    allocations: tuple[str, ...] = tuple(ALLOCATIONS)
+    allocations: tuple[str, ...] = ("8 bits", "5 bits", "4 bits", "2 bits", "mixed, LSTMs at 1 bit")
 
     def untrained(self, utterances: Sequence[Utterance], seed: int) -> Recognizer:
         """A float recognizer for the sound and the transcripts of a training set, with weights drawn from ``seed``."""
@@ -106,9 +107,9 @@ RECIPES = {
         vocab_size=128,
         front_end=SMALL_SET_FRONT_END,
         train=AN4_FLOAT,
-        qat=replace(AN4_FLOAT, epochs=10, learning_rate=3e-4, ctc_weight=0.0, curriculum_epochs=0, average_decay=0.99),
+        qat=replace(AN4_FLOAT, epochs=5, learning_rate=3e-4, ctc_weight=0.0, curriculum_epochs=0, average_decay=0.99),
         beam_width=4,
-        allocations=("4 bits", "2 bits"),
+        allocations=("4 bits", "2 bits", "1 bit"),
     ),
     "librispeech": Recipe(
         preset="base",

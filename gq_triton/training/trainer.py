@@ -7,6 +7,7 @@ was not.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -117,7 +118,7 @@ class Trainer:
             log.close()
         barrier()
         if self.average:
-            self.model.load_state_dict(self.average.module.state_dict())
+            _copy_parameters(self.average.module, self.model)
         return self.model
 
     def _is_due(self, interval: int) -> bool:
@@ -202,10 +203,10 @@ class Trainer:
         if not self.average:
             yield
             return
-        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average.module.state_dict())
+        own = copy.deepcopy(self.model)
+        _copy_parameters(self.average.module, self.model)
         yield
-        self.model.load_state_dict(own)
+        _copy_parameters(own, self.model)
 
     # Files
 
@@ -253,6 +254,13 @@ class Trainer:
         self.step = state["step"]
         if self.progress:
             tqdm.write(f"going on from step {self.step} of {self.total_steps}", file=sys.stderr)
+
+
+@torch.no_grad()
+def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and leaves buffers: hardness follows its schedule, not an average."""
+    for parameter, value in zip(target.parameters(), source.parameters(), strict=True):
+        parameter.copy_(value)
 
 
 def _annealer(model: nn.Module, config: TrainConfig, total_steps: int) -> Annealer | None:

@@ -47,6 +47,17 @@ def test_epilogues(implementation, epilogue):
     torch.testing.assert_close(forward(*inputs, 4, epilogue).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("epilogue", pl.EPILOGUES)
+def test_gradients_reach_inputs_and_bias(epilogue, device):
+    x, *weight, bias = problem(4, 6, 20, 30, device=device)
+    gradients = []
+    for function in (pl.packed_linear, pl.reference):
+        leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+        function(leaves[0], *weight, leaves[1], 4, epilogue).double().square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("epilogue", ["none", "relu"])
 def test_not_a_number_propagates(implementation, epilogue):
     device, forward = implementation
@@ -93,3 +104,6 @@ def test_operator_registration(device):
     x, packed, values, scale, bias = problem(3, 4, 5, 6, device=device)
     for arguments in [(x, packed, values, scale, bias), (x.t().contiguous().t(), packed, values, scale, None)]:
         torch.library.opcheck(pl.packed_linear, (*arguments, 3, "relu"))
+    torch.library.opcheck(
+        pl.packed_linear, (x.requires_grad_(), packed, values, scale, bias.requires_grad_(), 3, "gelu")
+    )

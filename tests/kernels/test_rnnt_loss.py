@@ -1,4 +1,4 @@
-"""The transducer loss against enumeration of all alignments, against finite differences, and against torchaudio's where it imports."""
+"""The transducer loss against enumeration of all alignments, finite differences, and torchaudio's."""
 
 import itertools
 import math

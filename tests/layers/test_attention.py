@@ -143,6 +143,23 @@ def test_transformer_encoders_never_take_the_float_fast_path(pattern, norm_first
             same(output[~padding], expected[~padding], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "mask", "message"),
+    [
+        ("attn_mask", torch.zeros(2, 3, 3), r"must have shape \(3, 3\) or \(4, 3, 3\)"),  # would broadcast over batches
+        ("attn_mask", torch.zeros(3, 4), "must have shape"),
+        ("attn_mask", torch.zeros(3, 3, dtype=torch.uint8), "must be boolean or floating"),
+        ("key_padding_mask", torch.zeros(1, 3), r"must have shape \(2, 3\)"),
+        ("key_padding_mask", torch.zeros(2, 3, dtype=torch.int64), "must be boolean or floating"),
+    ],
+)
+def test_masks_that_torch_would_refuse(name, mask, message):
+    prepared, _ = prepare(nn.MultiheadAttention(8, 2, batch_first=True))
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match=f"^{name} {message}"):
+        prepared(x, x, x, **{name: mask})
+
+
 def test_bad_arguments():
     prepared, _ = prepare(nn.MultiheadAttention(8, 2, batch_first=True))
     x = torch.randn(2, 3, 8)

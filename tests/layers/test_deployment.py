@@ -81,6 +81,8 @@ def test_reading_a_packed_weight_says_why_not():
         _ = packed.weight
     with pytest.raises(AttributeError, match="nothing"):
         _ = packed.nothing
+    with pytest.raises(AttributeError, match=r"in_proj_weight is packed .* decode q_proj_weight_packed and k_proj"):
+        _ = convert(prepare(nn.MultiheadAttention(4, 2))[0]).in_proj_weight
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])

@@ -62,11 +62,25 @@ def test_prepared_layers_compile_without_graph_breaks(options):
         same(mine.grad, other.grad)
 
 
-@torch.no_grad()
-def test_packed_layers_compile_without_graph_breaks():
+@pytest.mark.parametrize("grad", [False, True])
+def test_packed_layers_compile_without_graph_breaks(grad):
     packed = convert(prepare(nn.Linear(9, 5), bits=3)[0])
     x = torch.randn(4, 9)
-    same(torch.compile(packed, backend="aot_eager", fullgraph=True)(x), packed(x))
+    with torch.set_grad_enabled(grad):
+        same(torch.compile(packed, backend="aot_eager", fullgraph=True)(x), packed(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_through_packed_layers(dtype):
+    prepared, twin = prepare(nn.Linear(9, 5), bits=3)
+    packed, twin = convert(prepared).to(dtype), twin.to(dtype)
+    x = torch.randn(2, 4, 9, dtype=dtype)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for layer, input in zip((packed, twin), inputs, strict=True):
+        layer(input).square().sum().backward()
+    tolerance = {"atol": 0.1, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    same(inputs[0].grad, inputs[1].grad, **tolerance)
+    same(packed.bias.grad, twin.bias.grad, **tolerance)
 
 
 def test_changed_hardness_does_not_recompile():
