@@ -118,8 +118,8 @@ class Hypothesis:
 class BeamDecoder:
     """Frame-synchronous beam search: alignments of the same labels are summed, up to ``max_symbols`` labels a frame.
 
-    Follows the search of Graves (arXiv 1211.3711, algorithm 1) with a bound on the labels per frame; the hypotheses of one
-    utterance share each joint and predictor call.
+    Follows the search of Graves (arXiv 1211.3711, algorithm 1) with a bound on the labels per frame; the hypotheses of
+    one utterance share each joint and predictor call.
     """
 
     def __init__(self, model: nn.Module, *, width: int = 4, max_symbols: int = 5) -> None:
