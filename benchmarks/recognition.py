@@ -4,7 +4,8 @@
     python benchmarks/recognition.py                              # spoken commands, as in the quickstart
 
 Runs `gq-triton quickstart` (a killed run goes on where it stopped) and keeps its summary as
-benchmarks/results/<device>/recognition_<data>.json, from which plots/recognition.py draws its figure.
+benchmarks/results/<device>/recognition_<data>.json, from which plots/recognition.py draws its figure. Its `seconds` are
+those of the last call: runs that were found finished do not count.
 """
 
 from __future__ import annotations

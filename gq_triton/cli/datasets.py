@@ -51,6 +51,8 @@ def load_utterances(data: str, root: Path | None, splits: Sequence[str], *, trai
     """
     if data != "synthetic" and root is None:
         raise click.UsageError(f"--data {data} needs --root PATH")
+    if data == "synthetic" and root is not None:
+        raise click.UsageError("--root needs --data: synthetic speech is read from no folder")
     if data == "manifest" and splits:
         raise click.UsageError("--data manifest has no parts: --split does not go with it")
     splits = splits or (DEFAULT_SPLITS[data][0 if training else 1],)

@@ -60,10 +60,11 @@ def device_name() -> str:
 def commit() -> str | None:
     """The commit of the checkout that this package runs from, with `+changes` where files differ; None outside one."""
     folder = Path(gq_triton.__file__).parent
-    revision = _git(folder, "rev-parse", "HEAD")
-    if revision is None:
+    # An environment within the checkout of another project is no checkout of this one.
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    return revision + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    revision = _git(folder, "rev-parse", "HEAD")
+    return revision and revision + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

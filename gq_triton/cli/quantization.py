@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import click
+from click.core import ParameterSource
 
 from gq_triton import GQConfig
 
-__all__ = ["allocation", "quantization_options"]
+__all__ = ["allocation", "given_options", "quantization_options"]
+
+NAMES = ("bits", "layers", "codebook", "activations", "granularity")
 
 
 def quantization_options(command: Callable) -> Callable:
@@ -49,6 +52,13 @@ def quantization_options(command: Callable) -> Callable:
     return command
 
 
+def given_options() -> list[str]:
+    """Those options of :func:`quantization_options` that the user gave to the running command."""
+    context = click.get_current_context()
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    return [options[name] for name in NAMES if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
 def allocation(
     bits: int | None, layers: Sequence[str], codebook: str, activations: str, granularity: str
 ) -> dict[str, GQConfig | None]:
@@ -57,9 +67,9 @@ def allocation(
     Raises:
         click.UsageError: no width at all, or a --layer that is not PATTERN=BITS.
     """
-    widths = dict(_parse_layer(text) for text in layers)
-    if bits is not None:
-        widths.setdefault("*", bits)
+    widths: dict[str, int | None] = {}
+    for pattern, width in [*map(_parse_layer, layers), *([] if bits is None else [("*", bits)])]:
+        widths.setdefault(pattern, width)
     if not widths:
         raise click.UsageError("say how many bits: --bits N, or --layer PATTERN=BITS for some layers")
     chosen = {

@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import click
+import torch
 
 import gq_triton as gq
 from gq_triton.files import save_json
@@ -32,7 +33,11 @@ DEPLOYED = "4 bits"  # the model that transcribes the unheard file
 
 @click.command()
 @click.option(
-    "--output", type=click.Path(path_type=Path), default="quickstart", show_default=True, help="folder of the results"
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="quickstart",
+    show_default=True,
+    help="folder of the results",
 )
 @click.option("--overwrite", is_flag=True, help="begin anew where the folder holds another run")
 @data_options
@@ -47,6 +52,9 @@ def quickstart(
     """
     if splits:
         raise click.UsageError("quickstart trains and tests on the data set's own parts: --split does not go with it")
+    if data == "manifest":
+        raise click.UsageError("quickstart needs a part to train on and one to test on, and a manifest has no parts")
+    torch.set_num_threads(1)  # the layers are so small that a second thread costs more than it computes
     started = time.perf_counter()
     recipe = RECIPES[data]
     _say(f"reading {data} speech" if root else "speaking the commands, each part with voices of its own")

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import torch
+from torch import Tensor
 
 from gq_triton.models.rnnt import RNNT_PRESETS
 from gq_triton.speech.datasets import Utterance, speaker_split
 from gq_triton.speech.recognizer import Recognizer
+from gq_triton.speech.tokens import UNKNOWN, UNKNOWN_TEXT
 from gq_triton.training.config import TrainConfig
 from gq_triton.training.data import SpeechSet
 from gq_triton.training.distributed import is_main, process_group
@@ -20,7 +23,7 @@ from gq_triton.training.study import train_quantized, train_recognizer
 from .datasets import data_options, load_utterances
 from .output import emit, json_option
 from .quantization import allocation, quantization_options
-from .use import load_recognizer
+from .use import load_recognizer, recognizer_file
 
 __all__ = ["qat", "train"]
 
@@ -29,7 +32,9 @@ def training_options(command: Callable) -> Callable:
     """Adds what `train` and `qat` share."""
     options = [
         data_options,
-        click.option("--output", type=click.Path(path_type=Path), required=True, help="folder of the run"),
+        click.option(
+            "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="folder of the run"
+        ),
         click.option(
             "--hold-out",
             type=click.FloatRange(0, 1, max_open=True),
@@ -77,6 +82,8 @@ def train(
     Under torchrun, all processes train together: torchrun --nproc-per-node 2 -m gq_triton.cli train ...
     """
     recipe = replace(RECIPES[data], **{name: value for name, value in changes.items() if value is not None})
+    if changes["vocab_size"] and recipe.tokenizer != "subword":
+        raise click.UsageError(f"--vocab-size counts subwords; the tokenizer is {recipe.tokenizer!r}")
     config = recipe.train.changed(parse_settings(settings))
     with process_group():
         kept, held_out = divide(load_utterances(data, root, splits, training=True), hold_out)
@@ -108,6 +115,8 @@ def qat(
     """Quantization-aware training from a float recognizer MODEL, a file or the folder of a run."""
     patterns = allocation(bits, layers, codebook, activations, granularity)
     config = RECIPES[data].qat.changed(parse_settings(settings))
+    if recognizer_file(model).resolve() == recognizer_file(output).resolve():
+        raise click.UsageError(f"{output} holds the float recognizer itself; choose another folder for --output")
     recognizer = load_recognizer(model)
     if recognizer.stage != "float":
         raise click.UsageError(f"{model} is {recognizer.stage} already; a float recognizer is needed")
@@ -138,9 +147,12 @@ def run(
             return None
         return SpeechSet(utterances, recognizer.front_end, recognizer.tokenizer, speeds=speeds, progress=is_main())
 
+    data = speech_set(kept, config.speeds)
+    if is_main():
+        warn_of_unknown(data.targets)
     trained = learn(
         recognizer,
-        speech_set(kept, config.speeds),
+        data,
         config,
         output,
         held_out=speech_set(held_out, (1.0,)),
@@ -151,6 +163,15 @@ def run(
         path = str(output / "recognizer.safetensors")
         result = {"recognizer": path, "stage": trained.stage, "parameters": parameters(trained)}
         emit(result, f"trained {result['parameters']:,} parameters ({trained.stage}): {path}", as_json)
+
+
+def warn_of_unknown(targets: Sequence[Tensor]) -> None:
+    """A recognizer keeps its tokenizer, which other words, or another case, teach nothing but the unknown token."""
+    tokens = torch.cat(list(targets))
+    unknown = int((tokens == UNKNOWN).sum())
+    if unknown:
+        text = f"{unknown} of {len(tokens)} tokens of the transcripts are unknown to the recognizer: {UNKNOWN_TEXT}"
+        click.echo(f"Warning: {text}", err=True)
 
 
 def parameters(recognizer: Recognizer) -> int:

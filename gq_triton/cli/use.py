@@ -9,6 +9,7 @@ import click
 from tqdm import tqdm
 
 import gq_triton as gq
+from gq_triton.files import write_atomically
 from gq_triton.speech.recognizer import Recognizer
 from gq_triton.training.data import SpeechSet
 from gq_triton.training.distributed import training_device
@@ -17,9 +18,9 @@ from gq_triton.training.evaluation import evaluate as measure
 
 from .datasets import data_options, load_utterances
 from .output import emit, json_option
-from .quantization import allocation, quantization_options
+from .quantization import allocation, given_options, quantization_options
 
-__all__ = ["convert", "evaluate", "load_recognizer", "report", "transcribe"]
+__all__ = ["convert", "evaluate", "load_recognizer", "recognizer_file", "report", "transcribe"]
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 BEAM = click.option(
@@ -27,9 +28,14 @@ BEAM = click.option(
 )
 
 
+def recognizer_file(path: Path) -> Path:
+    """A recognizer's file, given itself or as the folder of the run that trained it."""
+    return path / "recognizer.safetensors" if path.is_dir() else path
+
+
 def load_recognizer(path: Path) -> Recognizer:
     """Reads a recognizer from its file, or from the folder of the run that trained it; its model goes to the GPU."""
-    recognizer = Recognizer.load(path / "recognizer.safetensors" if path.is_dir() else path)
+    recognizer = Recognizer.load(recognizer_file(path))
     recognizer.model.to(training_device())
     return recognizer
 
@@ -39,7 +45,9 @@ def load_recognizer(path: Path) -> Recognizer:
 @data_options
 @BEAM
 @click.option(
-    "--hypotheses", type=click.Path(path_type=Path), help="also write id, reference and hypothesis as a TSV file"
+    "--hypotheses",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="also write id, reference and hypothesis as a TSV file",
 )
 @json_option
 def evaluate(
@@ -70,12 +78,13 @@ def evaluate(
 def write_hypotheses(path: Path, speech: SpeechSet, result: Evaluation) -> None:
     rows = zip(speech.utterances, result.hypotheses, strict=True)
     lines = [f"{utterance.id}\t{utterance.text}\t{hypothesis}" for utterance, hypothesis in rows]
-    path.write_text("\n".join(["id\treference\thypothesis", *lines]) + "\n", encoding="utf-8")
+    text = "\n".join(["id\treference\thypothesis", *lines]) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @click.command()
 @MODEL
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="file to write")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="file to write")
 @quantization_options
 @json_option
 def convert(
@@ -90,14 +99,14 @@ def convert(
 ) -> None:
     """Pack the weights of MODEL into a self-contained file.
 
-    A model from `qat` has its widths already; a float one is quantized without training at those that --bits and
-    --layer give.
+    A model from `qat` keeps what it was trained for; a float one is quantized without training, as --bits, --layer and
+    the options beside them say.
     """
     recognizer = load_recognizer(model)
     if recognizer.stage == "packed":
         raise click.UsageError(f"{model} is packed already")
-    if recognizer.stage == "qat" and (bits is not None or layers):
-        raise click.UsageError(f"{model} was trained for its widths; --bits and --layer do not go with it")
+    if recognizer.stage == "qat" and (given := given_options()):
+        raise click.UsageError(f"{model} keeps what it was trained for: {', '.join(given)} does not go with it")
     if recognizer.stage == "float":
         recognizer.prepare(allocation(bits, layers, codebook, activations, granularity))
     recognizer.convert().save(output)

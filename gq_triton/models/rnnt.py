@@ -150,10 +150,10 @@ class Encoder(nn.Module):
 
         Args:
             features: ``(B, T, features)``, T at least ``subsampling``.
-            lengths: ``(B,)`` valid frames, at least ``subsampling`` each.
+            lengths: ``(B,)`` valid frames; of fewer than ``subsampling`` comes no output frame.
 
         Raises:
-            ValueError: on a wrong shape or an utterance too short for one output frame.
+            ValueError: on a wrong shape or a batch too short for one output frame.
         """
         if features.ndim != 3 or features.shape[-1] != self.features:
             raise ValueError(f"features is {tuple(features.shape)}; (B, T, {self.features}) is needed")

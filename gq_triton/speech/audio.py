@@ -1,15 +1,21 @@
 """Reading, writing and resampling audio. A waveform is a float32 tensor (samples,) in [-1, 1], one channel."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import gcd
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .extras import require
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
 
 __all__ = ["audio_duration", "load_audio", "resample", "save_audio", "to_int16"]
 
@@ -26,10 +32,13 @@ def load_audio(path: str | PathLike[str], sample_rate: int = 16000) -> Tensor:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not audio that can be read.
+        ValueError: the file is not audio that can be read, or holds NaN or infinite samples.
     """
-    samples, rate = _read(Path(path))
-    waveform = torch.from_numpy(samples).mean(dim=1)
+    with _opened(Path(path)) as file:
+        waveform = torch.from_numpy(file.read(dtype="float32", always_2d=True)).mean(dim=1)
+        rate = file.samplerate
+    if not torch.isfinite(waveform).all():
+        raise ValueError(f"path: {path} holds samples that are NaN or infinite")
     return resample(waveform, rate, sample_rate)
 
 
@@ -52,12 +61,8 @@ def audio_duration(path: str | PathLike[str]) -> float:
         FileNotFoundError: no such file.
         ValueError: the file is not audio that can be read.
     """
-    soundfile = require("soundfile")
-    path = _existing(Path(path))
-    try:
-        return float(soundfile.info(str(path)).duration)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"path: {path} is not readable audio ({error})") from error
+    with _opened(Path(path)) as file:
+        return file.frames / file.samplerate
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
@@ -89,18 +94,16 @@ def _low_pass(ratio: int) -> np.ndarray:
     return taps.astype(np.float32)
 
 
-def _read(path: Path):
+@contextmanager
+def _opened(path: Path) -> "Iterator[SoundFile]":
     soundfile = require("soundfile")
-    try:
-        return soundfile.read(str(_existing(path)), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"path: {path} is not readable audio ({error})") from error
-
-
-def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"path: no audio file at {path}")
-    return path
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            yield file
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which names no rate
+        raise ValueError(f"path: {path} is not readable audio ({error})") from error
 
 
 def _check_waveform(waveform: Tensor) -> None:

@@ -180,7 +180,7 @@ def _manifest_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -193,10 +193,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for row in reader:
-            yield reader.line_num, row
+    reader = csv.DictReader(_read(path).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
+    for row in reader:
+        yield reader.line_num, row
 
 
 def _manifest_utterance(path: Path, number: int, row: dict[str, str]) -> Utterance:
@@ -206,7 +205,12 @@ def _manifest_utterance(path: Path, number: int, row: dict[str, str]) -> Utteran
     audio = path.parent / row["audio"]
     if not audio.is_file():
         raise FileNotFoundError(f"{path}, line {number}: no audio file at {audio}")
-    return _utterance(str(row.get("id") or row["audio"]), audio, row["text"], str(row.get("speaker") or ""))
+    return _utterance(_optional(row, "id", row["audio"]), audio, row["text"], _optional(row, "speaker", ""))
+
+
+def _optional(row: dict[str, str], column: str, default: str) -> str:
+    value = row.get(column)
+    return default if value is None or value == "" else str(value)  # the number 0 is a value
 
 
 def _audio_file(stem: Path) -> Path:
@@ -225,5 +229,12 @@ def _file(path: Path) -> Path:
 
 
 def _lines(path: Path) -> Iterable[str]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in _read(path).split("\n"))
     return [line for line in lines if line]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error

@@ -28,7 +28,7 @@ class LogMel(nn.Module):
     from :meth:`fit` (0 and 1 before). All arithmetic is float32, also under autocast.
 
     Args:
-        n_mels: number of filters, default 80.
+        n_mels: number of filters, default 80; at most 257, the bins of the spectrum.
         f_min: lowest frequency in Hz, default 20.
         f_max: highest frequency in Hz, default 8000, the Nyquist frequency.
         adapt_frames: None (default) for global normalisation only. A number n > 0 also follows each recording's own
@@ -58,8 +58,8 @@ class LogMel(nn.Module):
         tail_ms: int = 0,
     ) -> None:
         super().__init__()
-        if n_mels < 1:
-            raise ValueError(f"n_mels must be at least 1, got {n_mels}")
+        if not 1 <= n_mels <= FFT_SIZE // 2 + 1:
+            raise ValueError(f"n_mels must lie in 1..{FFT_SIZE // 2 + 1}, got {n_mels}")
         if not 0 <= f_min < f_max <= SAMPLE_RATE / 2:
             raise ValueError(f"f_min and f_max must satisfy 0 <= f_min < f_max <= 8000, got {f_min} and {f_max}")
         if adapt_frames is not None and adapt_frames < 1:

@@ -36,6 +36,9 @@ class Recognizer(nn.Module):
         tokenizer: token ids to text.
         model: a float transducer; :meth:`prepare` and :meth:`convert` quantize it in place.
 
+    Raises:
+        ValueError: the model takes other features than the front end's, or emits other ids than the tokenizer's.
+
     Attributes:
         stage: "float", "qat" or "packed".
         quantization: what :meth:`prepare` was given, by name pattern; None for a float model.
@@ -43,6 +46,7 @@ class Recognizer(nn.Module):
 
     def __init__(self, front_end: LogMel, tokenizer: Tokenizer, model: RNNT) -> None:
         super().__init__()
+        _require_fit(front_end, tokenizer, model.config)
         self.front_end, self.tokenizer, self.model = front_end, tokenizer, model
         self.stage = "float"
         self.quantization: dict[str, gq.GQConfig | None] | None = None
@@ -73,7 +77,12 @@ class Recognizer(nn.Module):
 
     @torch.inference_mode()
     def recognize(self, features: Tensor, lengths: Tensor, *, beam_width: int = 1) -> list[str]:
-        """Texts of a padded batch of features ``(B, T, n_mels)`` with ``lengths`` ``(B,)``; a beam of 1 is greedy."""
+        """Texts of a padded batch of features ``(B, T, n_mels)`` with ``lengths`` ``(B,)``; a beam of 1 is greedy.
+
+        What is shorter than one frame of the encoder has an empty text.
+        """
+        if features.shape[1] < self.model.config.subsampling:
+            return [""] * features.shape[0]
         device = next(chain(self.model.parameters(), self.model.buffers())).device
         features, lengths = features.to(device), lengths.to(device)
         if beam_width == 1:
@@ -99,8 +108,6 @@ class Recognizer(nn.Module):
         waveform = audio if isinstance(audio, Tensor) else load_audio(audio)
         waveform = waveform.to(self.front_end.mean.device)
         features, lengths = self.front_end(waveform[None], torch.tensor([len(waveform)], device=waveform.device))
-        if features.shape[1] < self.model.config.subsampling:
-            return ""
         return self.recognize(features, lengths, beam_width=beam_width)[0]
 
     def save(self, path: str | Path) -> None:
@@ -169,8 +176,18 @@ class Recognizer(nn.Module):
         return recognizer
 
 
+def _require_fit(front_end: LogMel, tokenizer: Tokenizer, config: RNNTConfig) -> None:
+    if front_end.n_mels != config.features:
+        raise ValueError(f"front_end gives {front_end.n_mels} values a frame, model takes {config.features}")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"tokenizer has {tokenizer.vocab_size} ids, model emits {config.vocab_size}")
+
+
 def _require_room(config: RNNTConfig, file_bytes: int) -> None:
     """Refuses a description of more weights than a file has bits, before memory is taken for them."""
+    layers = config.encoder_layers + config.predictor_layers
+    if layers > file_bytes:  # their weights alone could not even be counted in reasonable time
+        raise ValueError(f"a model of {layers} layers is described, in a file of {file_bytes} bytes")
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in RNNT(config).parameters())
     if weights > 8 * file_bytes:

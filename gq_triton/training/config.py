@@ -120,7 +120,7 @@ class TrainConfig:
                 return tuple(float(part) for part in text.split(","))
             return int(text) if isinstance(default, int) else float(text)
         except ValueError as error:
-            kind = "numbers separated by commas" if isinstance(default, tuple) else "a number"
+            kind = {tuple: "numbers separated by commas", int: "a whole number"}.get(type(default), "a number")
             raise ValueError(f"{name} is {text!r}; {kind} needed") from error
 
 

@@ -66,13 +66,13 @@ class SpeechSet(Dataset):
     Args:
         utterances: what to hold; not empty.
         front_end: computes the features; used on the CPU.
-        tokenizer: encodes the transcripts, all of them at construction, so that an unknown word shows at once.
+        tokenizer: encodes the transcripts; what it does not know becomes its unknown token.
         speeds: factors of speed perturbation that batches draw from.
         cached: whether to compute all features now and keep them; by default where they amount to 20 hours or less.
         progress: whether to show a progress bar meanwhile.
 
     Raises:
-        ValueError: no utterances, a speed of zero or less, or a transcript that the tokenizer refuses.
+        ValueError: no utterances, or a speed of zero or less.
     """
 
     def __init__(

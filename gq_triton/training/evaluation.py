@@ -21,7 +21,7 @@ class Evaluation:
 
     Attributes:
         wer: word error rate, a fraction.
-        interval: its 95 % bootstrap interval, drawn over speakers where they are known.
+        interval: its 95 % bootstrap interval, drawn over speakers where several are known, else over utterances.
         utterances, words: of the references.
         seconds: spent on decoding; ``audio_seconds``: length of what was decoded.
         hypotheses: texts, in the set's order.
@@ -64,9 +64,10 @@ def evaluate(
     seconds = time.perf_counter() - started
     bar.close()
     speakers = [utterance.speaker for utterance in data.utterances]
+    several = all(speakers) and len(set(speakers)) > 1  # resampling a single one would always give the same
     return Evaluation(
         wer=wer(data.texts, hypotheses),
-        interval=bootstrap_interval(data.texts, hypotheses, groups=speakers if all(speakers) else None),
+        interval=bootstrap_interval(data.texts, hypotheses, groups=speakers if several else None),
         utterances=len(data),
         words=sum(len(text.split()) for text in data.texts),
         seconds=seconds,

@@ -1,10 +1,13 @@
 import json
+import shutil
+import subprocess
 
 import click
 import pytest
 import torch
 
 import gq_triton as package
+from gq_triton.cli.info import commit
 from gq_triton.cli.main import main
 
 
@@ -38,6 +41,21 @@ def test_info_says_what_is_installed(gq_triton):
     assert result["versions"]["torch"] == torch.__version__
     assert result["device"]
     assert f"gq_triton        {package.__version__}" in gq_triton.succeeds("info")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_of_this_project(monkeypatch, tmp_path):
+    """Not of one whose checkout holds the environment that this package is installed in."""
+    package_file = tmp_path / ".venv" / "gq_triton" / "__init__.py"
+    package_file.parent.mkdir(parents=True)
+    shutil.copy(package.__file__, package_file)
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "other"], check=True)
+    monkeypatch.setattr(package, "__file__", str(package_file))
+    assert commit() is None
+    subprocess.run([*git, "add", str(package_file)], check=True)
+    assert commit().endswith("+changes")
 
 
 def test_the_version(gq_triton):

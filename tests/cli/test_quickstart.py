@@ -54,6 +54,17 @@ def test_a_short_quickstart(gq_triton, monkeypatch, tmp_path):
     assert [row["qat_wer"] for row in again["rows"]] == [row["qat_wer"] for row in summary["rows"]]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--split", "train"), "--split does not go with it"),
+        (("--data", "manifest", "--root", "a.tsv"), "a manifest has no parts"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(gq_triton, tmp_path, arguments, message):
+    assert message in gq_triton.fails("quickstart", *arguments, "--output", tmp_path)
+
+
 @pytest.mark.full
 def test_the_quickstart_keeps_its_promise(gq_triton, tmp_path):
     """Under five minutes on two idle cores; a float error rate below 10 %, and 4 bits within 2 points of it."""

@@ -1,7 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
+import tones
 
+from gq_triton.cli.quantization import allocation
 from gq_triton.speech.recognizer import Recognizer
 
 
@@ -56,6 +59,8 @@ def test_quantized_training_keeps_the_widths_asked_for(qat_run):
         (("--data", "an4", "--root", "nowhere"), "nowhere"),
         (("--data", "manifest", "--root", "nowhere.tsv"), "nowhere.tsv"),
         (("--data", "timit"), "'timit'"),
+        (("--root", "an4"), "--root needs --data"),
+        (("--vocab-size", "90"), "--vocab-size counts subwords"),
         (("--set", "epoch=3"), "no training setting is called epoch; allowed: epochs, "),
         (("--set", "epochs"), "NAME=VALUE is needed"),
         (("--set", "epochs=0"), "epochs is 0"),
@@ -82,6 +87,40 @@ def test_a_bad_option_is_named(gq_triton, tmp_path, arguments, message):
 def test_a_bad_width_is_named(gq_triton, run, manifest, tmp_path, arguments, message):
     data = ("--data", "manifest", "--root", manifest, "--output", tmp_path / "q")
     assert message in gq_triton.fails("qat", run, *arguments, *data)
+
+
+def test_the_first_of_equal_patterns_wins():
+    options = {"codebook": "float", "activations": "none", "granularity": "channel"}
+    chosen = allocation(5, ("joint=8", "joint=4", "*=2", "encoder=float"), **options)
+    assert {pattern: config and config.bits for pattern, config in chosen.items()} == {
+        "joint": 8,
+        "*": 2,
+        "encoder": None,
+    }
+
+
+def test_transcripts_that_a_recognizer_does_not_know_are_counted(gq_triton, run, tmp_path):
+    known, strange = tones.utterances(2)
+    strange = replace(strange, text="DO do")
+    manifest = tones.write_manifest(tmp_path, [known, strange])
+    options = ("--bits", 4, "--set", "epochs=1", "--set", "speeds=1", "--output", tmp_path / "q")
+    result = gq_triton("qat", run, "--data", "manifest", "--root", manifest, *options)
+    assert result.exit_code == 0
+    total = len(known.text.split()) + 2
+    assert f"Warning: 1 of {total} tokens of the transcripts are unknown to the recognizer" in result.stderr
+
+
+def test_a_run_does_not_write_over_the_recognizer_it_starts_from(gq_triton, run):
+    before = (run / "recognizer.safetensors").read_bytes()
+    for model in (run, run / "recognizer.safetensors"):
+        message = gq_triton.fails("qat", model, "--bits", 4, "--output", run, "--overwrite")
+        assert "holds the float recognizer itself" in message
+    assert (run / "recognizer.safetensors").read_bytes() == before
+
+
+def test_an_output_that_is_a_file_is_named_at_once(gq_triton, manifest):
+    message = gq_triton.fails("train", "--data", "manifest", "--root", manifest, "--output", manifest)
+    assert "is a file" in message
 
 
 def test_only_a_float_recognizer_is_quantized(gq_triton, qat_run, tmp_path):

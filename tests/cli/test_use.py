@@ -31,7 +31,8 @@ def test_a_float_model_is_quantized_without_training(gq_triton, run, tmp_path):
 def test_conversions_that_make_no_sense_are_refused(gq_triton, run, qat_run, packed, tmp_path):
     output = ("--output", tmp_path / "m")
     assert "say how many bits" in gq_triton.fails("convert", run, *output)
-    assert "do not go with it" in gq_triton.fails("convert", qat_run, "--bits", 4, *output)
+    for option in (("--bits", 4), ("--layer", "joint=4"), ("--codebook", "int8"), ("--activations", "int8")):
+        assert f"{option[0]} does not go with it" in gq_triton.fails("convert", qat_run, *option, *output)
     assert "is packed already" in gq_triton.fails("convert", packed, *output)
     assert not (tmp_path / "m").exists()
 
@@ -45,9 +46,10 @@ def test_evaluation_of_every_stage(gq_triton, run, qat_run, packed, manifest, tm
     for result in results.values():
         assert result["utterances"] == 12
         assert result["interval"][0] <= result["wer"] <= result["interval"][1]
-    text = gq_triton.succeeds("evaluate", packed, *data, "--beam", 2, "--hypotheses", tmp_path / "h.tsv")
+    table = tmp_path / "new" / "h.tsv"
+    text = gq_triton.succeeds("evaluate", packed, *data, "--beam", 2, "--hypotheses", table)
     assert text.startswith("WER ")
-    rows = [line.split("\t") for line in (tmp_path / "h.tsv").read_text().splitlines()]
+    rows = [line.split("\t") for line in table.read_text().splitlines()]
     assert rows[0] == ["id", "reference", "hypothesis"]
     assert {row[1] for row in rows[1:]} == {utterance.text for utterance in tones.utterances(12)}
 

@@ -62,9 +62,21 @@ def test_equal_rates_and_nothing_at_all_are_left_alone():
     assert resample(torch.zeros(0), 8000, 16000).shape == (0,)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_no_numbers_are_refused(tmp_path, value):
+    wave = np.zeros(1000, np.float32)
+    wave[500] = value
+    soundfile.write(tmp_path / "a.wav", wave, 8000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"a\.wav holds samples that are NaN or infinite"):
+        load_audio(tmp_path / "a.wav")
+
+
 def test_errors(tmp_path):
-    (tmp_path / "text.wav").write_text("not audio")
+    for name in ("text.wav", "text.raw"):
+        (tmp_path / name).write_text("not audio")
     for reader in (load_audio, audio_duration):
+        with pytest.raises(ValueError, match=r"text\.raw is not readable audio"):
+            reader(tmp_path / "text.raw")
         with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
             reader(tmp_path / "missing.wav")
         with pytest.raises(ValueError, match=r"text\.wav is not readable audio"):

@@ -107,13 +107,36 @@ def test_manifest(tmp_path, suffix):
         ("m.jsonl", '{"audio": "a.wav"\n', ValueError, "line 1: not JSON"),
         ("m.jsonl", "[1]\n", ValueError, "line 1: expected a JSON object"),
         ("m.jsonl", '\n{"audio": "a.wav", "text": 3}\n', ValueError, "line 2: 'text'"),
+        ("m.tsv", b"audio\ttext\na.wav\tgr\xfcn\n", ValueError, r"m\.tsv is not UTF-8 text"),
+        ("m.jsonl", b"\xff", ValueError, r"m\.jsonl is not UTF-8 text"),
     ],
 )
 def test_bad_manifests(tmp_path, name, content, error, text):
     write_audio(tmp_path / "a.wav")
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(error, match=text):
         manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["audio\ttext\r\na.wav\thi\r\n", '{"audio": "a.wav", "text": "hi"}\r\n'])
+def test_manifests_of_other_systems(tmp_path, content):
+    write_audio(tmp_path / "a.wav")
+    path = tmp_path / ("m.jsonl" if content.startswith("{") else "m.tsv")
+    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert [u.text for u in manifest(path)] == ["hi"]
+
+
+def test_what_json_allows_in_a_line_does_not_end_it(tmp_path):
+    write_audio(tmp_path / "a.wav")
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "one\u2028two"}\n', encoding="utf-8")
+    assert [u.text for u in manifest(tmp_path / "m.jsonl")] == ["one two"]
+
+
+def test_speakers_and_ids_may_be_numbers(tmp_path):
+    write_audio(tmp_path / "a.wav")
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "hi", "speaker": 0, "id": 0}\n')
+    (utterance,) = manifest(tmp_path / "m.jsonl")
+    assert (utterance.speaker, utterance.id) == ("0", "0")
 
 
 def test_missing_manifest(tmp_path):

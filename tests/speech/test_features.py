@@ -150,7 +150,13 @@ def test_recorded_speech_is_neither_silent_nor_flat(an4_root):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"), [({"n_mels": 0}, "n_mels"), ({"f_max": 9000.0}, "f_max"), ({"adapt_frames": 0}, "adapt")]
+    ("arguments", "name"),
+    [
+        ({"n_mels": 0}, "n_mels"),
+        ({"n_mels": 258}, "n_mels"),
+        ({"f_max": 9000.0}, "f_max"),
+        ({"adapt_frames": 0}, "adapt"),
+    ],
 )
 def test_bad_settings(arguments, name):
     with pytest.raises(ValueError, match=name):

@@ -65,6 +65,19 @@ def test_audio_shorter_than_an_encoder_frame_is_empty(trained, samples):
     assert trained.transcribe(torch.zeros(samples)) == ""
 
 
+@pytest.mark.parametrize("beam_width", [1, 2])
+def test_a_batch_of_short_audio_is_as_empty(trained, beam_width):
+    features, lengths = trained.front_end(torch.zeros(2, 1000), torch.tensor([1000, 0]))
+    assert trained.recognize(features, lengths, beam_width=beam_width) == ["", ""]
+
+
+def test_parts_that_do_not_fit_are_refused(trained):
+    with pytest.raises(ValueError, match="front_end gives 40 values a frame, model takes 80"):
+        Recognizer(LogMel(n_mels=40), trained.tokenizer, trained.model)
+    with pytest.raises(ValueError, match="tokenizer has 3 ids, model emits 6"):
+        Recognizer(trained.front_end, train_tokenizer("word", ["do"]), trained.model)
+
+
 def test_every_stage_is_saved_and_loaded(staged, spoken, tmp_path):
     staged.save(tmp_path / "model.safetensors")
     loaded = Recognizer.load(tmp_path / "model.safetensors")
@@ -131,7 +144,10 @@ def test_a_truncated_file_is_refused(staged, tmp_path):
         lambda description: description["model"].update(encoder_hidden=25),
         lambda description: description["model"].update(encoder_hidden="many"),
         lambda description: description["model"].update(encoder_hidden=10**7),
+        lambda description: description["model"].update(predictor_layers=10**9),
         lambda description: description["front_end"].update(n_mels=-1),
+        lambda description: description["front_end"].update(n_mels=10**6),
+        lambda description: description["tokenizer"]["symbols"].append("fa"),
         lambda description: description.update(quantization=[["*", {"bits": 99}]]),
         lambda description: description.update(quantization=[1]),
     ],

@@ -42,7 +42,8 @@ def test_settings_are_read_from_text():
     [
         ({"epoch": "3"}, "epoch; allowed: epochs, "),
         ({"epochs": "three"}, "epochs is 'three'"),
-        ({"epochs": "1.5"}, "epochs is '1.5'"),
+        ({"epochs": "1.5"}, "epochs is '1.5'; a whole number"),
+        ({"warmup": "some"}, "warmup is 'some'; a number"),
         ({"speeds": "1;2"}, "separated by commas"),
         ({"epochs": "0"}, "epochs is 0"),
         ({"learning_rate": "nan"}, "learning_rate is nan"),

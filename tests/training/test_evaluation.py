@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import tones
 import torch
@@ -51,6 +53,16 @@ def test_silence_for_an_answer_is_an_error_for_every_word(speech):
     result = evaluate(Parrot(dict.fromkeys(range(1000), "")), speech, progress=False)
     assert (result.wer, result.interval) == (1.0, (1.0, 1.0))
     assert "hypotheses" not in result.to_dict()
+
+
+def test_the_interval_of_a_single_speaker_is_drawn_over_utterances(speech):
+    alone = [replace(utterance, speaker="one") for utterance in speech.utterances]
+    made = tones.recognizer(alone)
+    right = {len(speech[((index, 1.0),)][0]): text for index, text in enumerate(speech.texts)}
+    longest = max(right)
+    single = SpeechSet(alone, made.front_end, made.tokenizer, progress=False)
+    result = evaluate(Parrot({**right, longest: ""}), single, progress=False)
+    assert result.interval[0] < result.wer < result.interval[1]
 
 
 def test_a_prepared_recognizer_is_measured_packed(speech):
