@@ -18,6 +18,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a temporary file beside ``path``, then moves it there: readers never see half a file.
 
     Parent folders are made. The data is on disk before the move, so that a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,6 +31,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
         os.replace(temporary, path)
+    except SafetensorError as error:  # what safetensors makes of a full disk or a folder that may not be written to
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -44,6 +44,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_safetensors_cannot_write_is_an_operating_system_error(tmp_path):
+    def write(temporary):
+        temporary.parent.rmdir()
+        save_file({"a": torch.ones(2)}, temporary)
+
+    with pytest.raises(OSError, match="file cannot be written"):
+        write_atomically(tmp_path / "gone" / "file", write)
+
+
 def test_others_may_read_what_they_may_read_of_any_file(tmp_path):
     (tmp_path / "plain").write_text("")
     save_tensors(tmp_path / "tensors", {"a": torch.ones(2)}, {})

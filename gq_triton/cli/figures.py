@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from gq_triton.files import write_atomically
@@ -46,10 +47,14 @@ def plot_sizes(path: Path, summary: dict) -> None:
     for _, key, label, color in SERIES:
         sizes, errors = [row["bytes"] / 1e3 for row in rows], [100 * row[f"{key}_wer"] for row in rows]
         axes.scatter(sizes, errors, color=color, label=label)
-    for row in rows:
+    for row, below in zip(sorted(rows, key=lambda row: row["bytes"]), itertools.cycle((True, False))):
         place = (row["bytes"] / 1e3, 100 * row["qat_wer"])
-        axes.annotate(row["name"], place, textcoords="offset points", xytext=(4, 5), fontsize=8)
+        axes.annotate(row["name"], place, textcoords="offset points", xytext=(4, -12 if below else 5), fontsize=8)
+    axes.set_ylim(bottom=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(require("matplotlib.ticker", "quickstart").LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("size of the weights (kB, logarithmic)")
     axes.legend()
     _save(figure, path)

@@ -1,6 +1,5 @@
 """Speech datasets in their own directory layouts, as lists of utterances."""
 
-import csv
 import json
 import random
 import re
@@ -103,7 +102,7 @@ def manifest(path: str | PathLike[str]) -> list[Utterance]:
 
     Raises:
         FileNotFoundError: the manifest or an audio file is missing.
-        ValueError: another extension, a malformed line, a missing column, or an id used twice.
+        ValueError: another extension, a malformed line, a missing column, an id used twice, or audio without samples.
     """
     path = _file(Path(path))
     rows = list(_manifest_rows(path))
@@ -193,9 +192,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(_read(path).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
-    for row in reader:
-        yield reader.line_num, row
+    header, *lines = (line.split("\t") for line in _read(path).split("\n"))
+    for number, values in enumerate(lines, start=2):
+        if any(values):
+            yield number, dict(zip(header, values, strict=False))
 
 
 def _manifest_utterance(path: Path, number: int, row: dict[str, str]) -> Utterance:
@@ -205,7 +205,10 @@ def _manifest_utterance(path: Path, number: int, row: dict[str, str]) -> Utteran
     audio = path.parent / row["audio"]
     if not audio.is_file():
         raise FileNotFoundError(f"{path}, line {number}: no audio file at {audio}")
-    return _utterance(_optional(row, "id", row["audio"]), audio, row["text"], _optional(row, "speaker", ""))
+    utterance = _utterance(_optional(row, "id", row["audio"]), audio, row["text"], _optional(row, "speaker", ""))
+    if not utterance.duration:
+        raise ValueError(f"{path}, line {number}: {audio} holds no sound")
+    return utterance
 
 
 def _optional(row: dict[str, str], column: str, default: str) -> str:

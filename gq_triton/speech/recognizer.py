@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gq_triton as gq
 from gq_triton.files import load_tensors, read_state, save_tensors
+from gq_triton.layers import QATLayer
 from gq_triton.models.rnnt import RNNT, RNNTConfig
 
 from .audio import load_audio
@@ -56,9 +57,14 @@ class Recognizer(nn.Module):
 
         Args:
             quantization: one configuration for every layer, or one per name pattern (None keeps a layer float).
+
+        Raises:
+            ValueError: no layer is to be quantized.
         """
         patterns = {"*": quantization} if isinstance(quantization, gq.GQConfig) else dict(quantization)
         gq.quantize_(self.model, patterns, step="prepare")
+        if not any(isinstance(module, QATLayer) for module in self.model.modules()):
+            raise ValueError(f"quantization quantizes no layer of the model: its patterns are {', '.join(patterns)}")
         self.stage, self.quantization = "qat", patterns
         return self
 

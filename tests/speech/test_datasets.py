@@ -107,12 +107,16 @@ def test_manifest(tmp_path, suffix):
         ("m.jsonl", '{"audio": "a.wav"\n', ValueError, "line 1: not JSON"),
         ("m.jsonl", "[1]\n", ValueError, "line 1: expected a JSON object"),
         ("m.jsonl", '\n{"audio": "a.wav", "text": 3}\n', ValueError, "line 2: 'text'"),
+        ("m.tsv", "audio\ttext\n" + "x" * 200_000 + "\n", ValueError, "line 2: 'text'"),
+        ("m.tsv", "\naudio\ttext\n", ValueError, "line 2: 'audio'"),
+        ("m.tsv", "audio\ttext\n\nempty.wav\thi\n", ValueError, r"line 3: .*empty\.wav holds no sound"),
         ("m.tsv", b"audio\ttext\na.wav\tgr\xfcn\n", ValueError, r"m\.tsv is not UTF-8 text"),
         ("m.jsonl", b"\xff", ValueError, r"m\.jsonl is not UTF-8 text"),
     ],
 )
 def test_bad_manifests(tmp_path, name, content, error, text):
     write_audio(tmp_path / "a.wav")
+    write_audio(tmp_path / "empty.wav", 0)
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(error, match=text):
         manifest(tmp_path / name)

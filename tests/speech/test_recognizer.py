@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tones
@@ -7,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import gq_triton as gq
+from gq_triton.models import RNNT
 from gq_triton.speech.audio import save_audio
 from gq_triton.speech.features import LogMel
 from gq_triton.speech.recognizer import Recognizer
@@ -78,6 +80,15 @@ def test_parts_that_do_not_fit_are_refused(trained):
         Recognizer(trained.front_end, train_tokenizer("word", ["do"]), trained.model)
 
 
+@pytest.mark.filterwarnings("ignore:these patterns match no layer")
+@pytest.mark.parametrize("patterns", [{"joint.outptu": gq.GQConfig(bits=4)}, {"*": None}])
+def test_quantizing_no_layer_is_refused(spoken, patterns):
+    recognizer = tones.recognizer(spoken)
+    with pytest.raises(ValueError, match="quantizes no layer"):
+        recognizer.prepare(patterns)
+    assert recognizer.stage == "float"
+
+
 def test_every_stage_is_saved_and_loaded(staged, spoken, tmp_path):
     staged.save(tmp_path / "model.safetensors")
     loaded = Recognizer.load(tmp_path / "model.safetensors")
@@ -93,7 +104,7 @@ def test_every_stage_is_saved_and_loaded(staged, spoken, tmp_path):
 @pytest.mark.parametrize("kind", ["char", "subword"])
 def test_tokenizers_travel_in_the_file(kind, spoken, tmp_path):
     tokenizer = train_tokenizer(kind, [utterance.text for utterance in spoken], 16)
-    model = tones.recognizer(spoken, vocab_size=tokenizer.vocab_size).model
+    model = RNNT(replace(tones.recognizer(spoken).model.config, vocab_size=tokenizer.vocab_size))
     recognizer = Recognizer(LogMel(adapt_frames=50).fit(u.load() for u in spoken), tokenizer, model).eval()
     recognizer.prepare(gq.GQConfig(bits=3)).convert().save(tmp_path / "m")
     loaded = Recognizer.load(tmp_path / "m")
