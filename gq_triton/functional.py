@@ -51,7 +51,7 @@ def fake_quantize(
     Args:
         weight: ``(C, ...)``, float32, bfloat16, float16 or float64; float64 is computed in float64, all else in
         float32.
-        scale: ``(C,)`` or ``(1,)``, >= 0; a channel of scale 0 gives zeros.
+        scale: ``(C,)`` or ``(1,)``, >= 0; a channel of scale 0 gives zeros, and so does a subnormal scale.
         centroids: ``(K,)``, sorted, within [-1, 1], K = 2, 4, .., 256.
         mu: companding, >= 0 (0 is uniform); a number or a tensor of one element, which may require a gradient.
         hardness: a of ``softmax(-a |y - z| / D)``, finite and >= 0; a number or a tensor of one element.
@@ -79,7 +79,7 @@ def fake_quantize(
     mu, hardness = _scalar("mu", mu, weight.device), _scalar("hardness", hardness, weight.device)
     table = _tables.build_table(centroids, mu, hardness, codebook_dtype, work)
     arguments = forward == "soft", float(straight_through), table.requires_grad
-    return _fake_quantize.fake_quantize(weight, scale.to(work), table, *arguments)
+    return _fake_quantize.fake_quantize(weight, _flushed(scale, work), table, *arguments)
 
 
 def encode(weight: Tensor, scale: Tensor, centroids: Tensor, *, mu: float | Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def encode(weight: Tensor, scale: Tensor, centroids: Tensor, *, mu: float | Tens
         raise ValueError(f"weight must be finite to be encoded, but {bad} of its {weight.numel()} entries are not")
     work = _work_dtype(weight)
     borders = _tables.thresholds(centroids, _scalar("mu", mu, weight.device)).to(work)
-    return _fake_quantize.encode(weight, scale.to(work), borders)
+    return _fake_quantize.encode(weight, _flushed(scale, work), borders)
 
 
 def codebook(centroids: Tensor, *, mu: float | Tensor, dtype: str | None = None) -> Tensor:
@@ -116,7 +116,7 @@ def decode(codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     """
     _check_dtype("codes", codes, torch.uint8)
     _check_scale(scale, codes, "codes")
-    column = scale.float().reshape(-1, *[1] * (codes.dim() - 1))
+    column = _flushed(scale, torch.float32).reshape(-1, *[1] * (codes.dim() - 1))
     units = _values(codebook).index_select(0, codes.reshape(-1).int()).view(codes.shape)
     return column * units + 0.0  # -0 becomes +0, as in fake_quantize
 
@@ -316,6 +316,12 @@ def _scalar(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     return value.reshape(())
 
 
+def _flushed(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale in ``dtype``, 0 where it is subnormal: products with such a scale keep too few bits to be compared."""
+    scale = scale.to(dtype)
+    return torch.where(scale.abs() < torch.finfo(dtype).tiny, 0.0, scale)
+
+
 def _row_count(scale: Tensor, bias: Tensor | None) -> int:
     return max(scale.numel(), 0 if bias is None else bias.numel())
 
@@ -324,4 +330,4 @@ def _expand_scale(scale: Tensor, rows: int) -> Tensor:
     _check_dtype("scale", scale, torch.float32)
     if scale.dim() != 1 or scale.numel() not in (1, rows):
         raise ValueError(f"scale must have shape ({rows},) or (1,), got {tuple(scale.shape)}")
-    return scale.expand(rows)
+    return _flushed(scale, torch.float32).expand(rows)

@@ -235,3 +235,15 @@ def test_packed_embedding_names_what_is_wrong():
         F.packed_embedding(torch.zeros(2).long(), *table, bits=4, embedding_dim=4)
     with pytest.raises(IndexError, match=r"indices must lie in \[0, 4\)"):
         F.packed_embedding(torch.tensor([4]), *table, bits=4, embedding_dim=3)
+
+
+def test_a_subnormal_scale_counts_as_zero():
+    """Its products with thresholds would round so coarsely that devices and layouts could disagree about a code."""
+    weight = torch.tensor([[1.4e-45, -3e-45, 0.5], [0.25, -0.5, 1.0]])
+    scale, centroids = torch.tensor([1.4e-45, 1.0]), torch.linspace(-1, 1, 4)
+    quantized = F.fake_quantize(weight, scale, centroids, mu=0.0, hardness=4.0)
+    codes, codebook = F.encode(weight, scale, centroids, mu=0.0), F.codebook(centroids, mu=0.0)
+    assert not quantized[0].any() and quantized[1].all()
+    assert torch.equal(F.decode(codes, scale, codebook), quantized)
+    rows = F.packed_embedding(torch.tensor([0, 1]), F.pack(codes, 2), codebook, scale, bits=2, embedding_dim=3)
+    assert torch.equal(rows, quantized)

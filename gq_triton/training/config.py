@@ -64,7 +64,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "evaluate_every", "checkpoint_every", "log_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "a positive integer")
         for name in ("learning_rate", "clip_norm"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
+            _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a positive number")
         for name in (
             "weight_decay",
             "ctc_weight",

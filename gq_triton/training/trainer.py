@@ -183,8 +183,11 @@ class Trainer:
         return {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate}
 
     def _require_finite(self, loss: Tensor) -> None:
+        """Keeps a diverged run from replacing its last good checkpoint."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; try a lower learning_rate")
+        if not all(torch.isfinite(parameter).all() for parameter in self.objective.parameters()):
+            raise FloatingPointError(f"a weight is not finite at step {self.step}; try a lower learning_rate")
 
     def _evaluate(self) -> dict[str, float]:
         self.model.eval()
@@ -205,8 +208,10 @@ class Trainer:
             return
         own = copy.deepcopy(self.model)
         _copy_parameters(self.average.module, self.model)
-        yield
-        _copy_parameters(own, self.model)
+        try:
+            yield
+        finally:
+            _copy_parameters(own, self.model)
 
     # Files
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tones
@@ -190,6 +191,34 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(spoken, speech,
     tensors, state = load_tensors(tmp_path / "checkpoint.safetensors")
     assert state["step"] == 3
     assert all(torch.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("objective."))
+
+
+def test_weights_that_the_last_step_destroyed_are_not_saved(spoken, speech, tmp_path):
+    run = trainer(new_model(spoken), speech, tmp_path)
+    update = run._update
+
+    def destroying(*arguments):
+        loss = update(*arguments)
+        if run.step == TOTAL - 1:
+            run.model.joint.output.weight.data[0, 0] = torch.inf
+        return loss
+
+    run._update = destroying
+    with pytest.raises(FloatingPointError, match="a weight is not finite at step 9"):
+        run.run()
+    assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == 6
+
+
+def test_a_failing_evaluation_leaves_the_models_own_weights(spoken, speech, tmp_path):
+    run = trainer(new_model(spoken), speech, tmp_path, replace(CONFIG, average_decay=0.9), evaluate=None)
+    run.average.update_parameters(run.model)
+    with torch.no_grad():
+        run.average.module.joint.output.bias.add_(1)
+    own = run.model.joint.output.bias.clone()
+    with pytest.raises(Killed), run._averaged():
+        assert not torch.equal(run.model.joint.output.bias, own)
+        raise Killed
+    assert torch.equal(run.model.joint.output.bias, own)
 
 
 def test_only_quantized_models_are_annealed(spoken, speech, tmp_path):
