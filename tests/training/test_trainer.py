@@ -215,9 +215,14 @@ def test_a_failing_evaluation_leaves_the_models_own_weights(spoken, speech, tmp_
     with torch.no_grad():
         run.average.module.joint.output.bias.add_(1)
     own = run.model.joint.output.bias.clone()
-    with pytest.raises(Killed), run._averaged():
-        assert not torch.equal(run.model.joint.output.bias, own)
-        raise Killed
+
+    def evaluate_and_fail():
+        with run._averaged():
+            assert not torch.equal(run.model.joint.output.bias, own)
+            raise Killed
+
+    with pytest.raises(Killed):
+        evaluate_and_fail()
     assert torch.equal(run.model.joint.output.bias, own)
 
 
