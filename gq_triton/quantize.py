@@ -50,8 +50,8 @@ def quantize_(
             that is not supported. The model is then unchanged.
 
     Warns:
-        UserWarning: naming patterns that match nothing; or, for "convert", layers that were never called in training
-            while others were.
+        UserWarning: naming patterns that match nothing, or weights that are all zeros; or, for "convert", layers that
+            were never called in training while others were.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -278,6 +278,9 @@ def _fit(target: Target, config: GQConfig) -> WeightQuantizer:
         quantizer.fit(weight)
     except ValueError as error:
         raise ValueError(f"{target.name} cannot be quantized: {error}") from error
+    if not weight.any():
+        message = f"{target.name} is all zeros and quantizes to zeros however it is trained: give it values first"
+        warnings.warn(message, UserWarning, stacklevel=4)
     return quantizer.train(target.layer.training).requires_grad_(weight.requires_grad)
 
 

@@ -128,6 +128,14 @@ def test_patterns_that_match_nothing_are_named():
     assert caught[0].filename == __file__
 
 
+def test_a_weight_of_zeros_is_warned_of():
+    layer = torch.nn.Linear(4, 3)
+    torch.nn.init.zeros_(layer.weight)
+    with pytest.warns(UserWarning, match="^weight is all zeros"):
+        gq.quantize_(layer, gq.GQConfig())
+    assert not layer(torch.ones(1, 4)).sub(layer.bias).any()
+
+
 def test_matching_patterns_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
