@@ -18,7 +18,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["INTERPRETED", "cdiv", "jit", "launching", "next_power_of_2", "tl"]
+__all__ = ["INTERPRETED", "bound", "cdiv", "jit", "launching", "next_power_of_2", "tl"]
 
 # TRITON_INTERPRET=1: kernels run on the CPU in numpy, which has no bfloat16.
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
@@ -27,6 +27,20 @@ INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
 def jit(kernel: Any) -> Any:
     """`triton.jit` where there is triton; otherwise the function as it is, never to be called."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+if INTERPRETED:
+
+    def bound(n: Any) -> int:
+        """``n`` as a bound of a kernel's loop: Triton 3.6 reads it by int(), which numpy 2.4 refuses an array (1,)."""
+        return n.handle.data.item()
+
+else:
+
+    @jit
+    def bound(n):
+        """``n`` as a bound of a kernel's loop."""
+        return n
 
 
 def launching(tensor: Tensor) -> AbstractContextManager:

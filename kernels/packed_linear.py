@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gq_triton.kernels.backend import INTERPRETED, cdiv, jit, launching, next_power_of_2, tl
+from gq_triton.kernels.backend import INTERPRETED, bound, cdiv, jit, launching, next_power_of_2, tl
 from gq_triton.kernels.packing import load_codes, unpack, unpack_range
 
 __all__ = ["EPILOGUES", "packed_linear", "reference"]
@@ -99,7 +99,7 @@ def _kernel(
     row_n = (tile % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = row_m < m, row_n < rows
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, features, BLOCK_K):
+    for start in range(0, bound(features), BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         in_k = column < features
         inputs = tl.load(x + row_m[:, None] * features + column[None, :], mask=in_m[:, None] & in_k[None, :], other=0.0)

@@ -18,7 +18,6 @@ from .output import emit, json_option
 __all__ = ["commit", "device_name", "info", "versions"]
 
 PACKAGES = (
-    "torch",
     "triton",
     "numpy",
     "safetensors",
@@ -44,7 +43,7 @@ def info(as_json: bool) -> None:
 
 def versions() -> dict[str, str | None]:
     """Versions of this package, of Python and of what it builds on; None for what is not installed."""
-    found = {"gq_triton": gq_triton.__version__, "python": platform.python_version()}
+    found = {"gq_triton": gq_triton.__version__, "python": platform.python_version(), "torch": torch.__version__}
     return found | {package: _version(package) for package in PACKAGES}
 
 
