@@ -32,7 +32,7 @@ def jit(kernel: Any) -> Any:
 if INTERPRETED:
 
     def bound(n: Any) -> int:
-        """``n`` as a bound of a kernel's loop: Triton 3.6 reads it by int(), which numpy 2.4 refuses an array (1,)."""
+        """``n`` as a bound of a kernel's loop: of its array (1,) Triton 3.6 takes int(), which numpy 2.4 refuses."""
         return n.handle.data.item()
 
 else:

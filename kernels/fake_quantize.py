@@ -321,18 +321,11 @@ def _encode_kernel(
 
 
 @jit
-def _split(x, DTYPE: tl.constexpr):
-    """(high, low) of x = high + low, for tensor cores: two mantissas of DTYPE (16 bits of bfloat16)."""
-    high = x.to(DTYPE)
-    return high, (x - high.to(tl.float32)).to(DTYPE)
-
-
-@jit
-def _add_dot(here, x, ones, total):
-    """total + where(here, x, 0) @ ones"""
-    high, low = _split(x, ones.dtype)
-    total = tl.dot(tl.where(here, high, 0.0), ones, total, input_precision="ieee")
-    return tl.dot(tl.where(here, low, 0.0), ones, total, input_precision="ieee")
+def _add_dot(sums, ones, total):
+    """total + sums @ ones on tensor cores: the sums keep two mantissas of the one-hot's dtype (16 bits of bfloat16)."""
+    high = sums.to(ones.dtype)
+    low = (sums - high.to(tl.float32)).to(ones.dtype)
+    return tl.dot(low, ones, tl.dot(high, ones, total, input_precision="ieee"), input_precision="ieee")
 
 
 @jit
@@ -348,22 +341,20 @@ def _companding_slope_mu(clamped, y, stretch, mu, log):
 def _add_cell_sums(cell, g, moved, through, mass, raised, passed, ONE_HOT: tl.constexpr, BITS: tl.constexpr):
     """Add the sums of g, moved and through (1, n) over the weights of every cell: one-hot matrices times vectors.
 
-    Up to 4 bits the cell is the column of ``mass``, the three sums are its rows 0, 1, 2 (of the high parts, `_split`)
-    and 8, 9, 10 (of the low parts); above, each sum has its own matrix and the cell's two base-16 digits are row and
-    column.
+    Up to 4 bits the three sums are rows 0, 1, 2 of ``mass`` and the cell is the column; above, each has its own matrix
+    and the cell's two base-16 digits are row and column.
     """
     digit = tl.arange(0, 16)
     ones = (tl.reshape(cell % 16, (cell.shape[1], 1)) == digit[None, :]).to(ONE_HOT)
     if BITS <= 4:
         row = digit[:, None]
-        sums = tl.where(row % 8 == 0, g, tl.where(row % 8 == 1, moved, tl.where(row % 8 == 2, through, 0.0)))
-        high, low = _split(sums, ONE_HOT)
-        mass = tl.dot(tl.where(row < 8, high, low), ones, mass, input_precision="ieee")
+        sums = tl.where(row == 0, g, tl.where(row == 1, moved, tl.where(row == 2, through, 0.0)))
+        mass = _add_dot(sums, ones, mass)
     else:
         here = cell // 16 == digit[:, None]
-        mass = _add_dot(here, g, ones, mass)
-        raised = _add_dot(here, moved, ones, raised)
-        passed = _add_dot(here, through, ones, passed)
+        mass = _add_dot(tl.where(here, g, 0.0), ones, mass)
+        raised = _add_dot(tl.where(here, moved, 0.0), ones, raised)
+        passed = _add_dot(tl.where(here, through, 0.0), ones, passed)
     return mass, raised, passed
 
 
@@ -371,13 +362,11 @@ def _add_cell_sums(cell, g, moved, through, mass, raised, passed, ONE_HOT: tl.co
 def _store_cell_sums(start, mass, raised, passed, BITS: tl.constexpr):
     """Write what `_add_cell_sums` added up as the gradients of A, J and o, in the table's order."""
     CELLS: tl.constexpr = (1 << BITS) - 1
-    column = tl.arange(0, 16)[None, :]
+    row, column = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     if BITS <= 4:
-        row = tl.arange(0, 8)[:, None]
-        both = tl.sum(tl.reshape(mass, (2, 8, 16)), axis=0)
-        tl.store(start + row * CELLS + column, both, mask=(row < 3) & (column < CELLS))
+        tl.store(start + row * CELLS + column, mass, mask=(row < 3) & (column < CELLS))
     else:
-        cell = tl.arange(0, 16)[:, None] * 16 + column
+        cell = row * 16 + column
         tl.store(start + cell, mass, mask=cell < CELLS)
         tl.store(start + CELLS + cell, raised, mask=cell < CELLS)
         tl.store(start + 2 * CELLS + cell, passed, mask=cell < CELLS)
@@ -412,8 +401,8 @@ def _backward_kernel(
         tl.zeros((16, 16), tl.float32),
     )
     dk, dmu, dlow, dhigh = 0.0, 0.0, 0.0, 0.0
-    # One stage: a pipelined loop would carry every dependent look-up of the bisection across iterations.
     first, tiles, programs = tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS) * across, tl.num_programs(0)
+    # One stage: a pipelined loop would carry every dependent look-up of the bisection across iterations.
     for tile in tl.range(bound(first), bound(tiles), bound(programs), num_stages=1):
         row, offset, mask = _tile(tile, rows, columns, ROWS, COLS)
         w = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
@@ -458,7 +447,7 @@ BACKWARD_PROGRAMS = 1024  # enough to fill a GPU, few enough that summing their 
 
 def backward_tile(bits: int) -> int:
     """Weights per step of a backward program, which is a single warp: wider one-hot matrices overflow its registers."""
-    return 128 if bits <= 4 else 64
+    return 128 if bits <= 3 else 64
 
 
 def choose_tile(columns: int, size: int) -> tuple[int, int]:

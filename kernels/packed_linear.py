@@ -127,9 +127,10 @@ _OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16
 
 
 def choose_blocks(m: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K); float32 products run outside tensor cores, where larger tiles overflow registers."""
-    largest, depth = (32, 32) if dtype == torch.float32 else (64, 64)
-    return max(16, min(largest, next_power_of_2(m))), 32, depth
+    """(BLOCK_M, BLOCK_N, BLOCK_K) that fit the registers; float32 products, outside tensor cores, take more of them."""
+    exact = dtype == torch.float32
+    height = max(16, min(32 if exact else 64, next_power_of_2(m)))
+    return height, 32, 32 if exact or height == 64 else 64
 
 
 def _launch(
