@@ -121,14 +121,25 @@ def convert(
 @BEAM
 @json_option
 def transcribe(files: Sequence[Path], model: Path, beam_width: int, as_json: bool) -> None:
-    """Transcribe audio FILES of any rate and format that soundfile reads."""
+    """Transcribe audio FILES of any rate and format that soundfile reads.
+
+    What cannot be read is named at the end, and the others are transcribed all the same.
+    """
     recognizer = load_recognizer(model)
     if recognizer.stage == "qat":
         recognizer.convert()
     bar = tqdm(files, desc="transcribing", unit="file", leave=False, disable=len(files) == 1)
-    result = [{"file": str(file), "text": recognizer.transcribe(file, beam_width=beam_width)} for file in bar]
-    lines = [row["text"] if len(files) == 1 else f"{row['file']}: {row['text']}" for row in result]
-    emit(result, "\n".join(lines), as_json)
+    result, failures = [], []
+    for file in bar:
+        try:
+            result.append({"file": str(file), "text": recognizer.transcribe(file, beam_width=beam_width)})
+        except (OSError, ValueError) as error:
+            failures.append(str(error))
+    if result:
+        lines = [row["text"] if len(files) == 1 else f"{row['file']}: {row['text']}" for row in result]
+        emit(result, "\n".join(lines), as_json)
+    if failures:
+        raise click.ClickException("\n".join(failures))
 
 
 @click.command()

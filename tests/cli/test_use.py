@@ -76,6 +76,15 @@ def test_what_cannot_be_transcribed_is_named(gq_triton, run, tmp_path):
     assert "damaged" in gq_triton.fails("transcribe", tmp_path / "noise.wav", "--model", tmp_path / "model")
 
 
+def test_one_bad_file_does_not_cost_the_others_their_texts(gq_triton, run, manifest, tmp_path):
+    recording = min(manifest.parent.glob("*.flac"))
+    (tmp_path / "noise.wav").write_bytes(b"no audio at all")
+    text = gq_triton.succeeds("transcribe", recording, "--model", run)
+    result = gq_triton("transcribe", tmp_path / "noise.wav", recording, "--model", run)
+    assert result.exit_code == 1 and "noise.wav" in result.stderr
+    assert result.stdout == f"{recording}: {text}"
+
+
 def test_reports_add_up(gq_triton, run, packed):
     result = gq_triton.json("report", packed)
     assert result["bytes"] == sum(row["bytes"] for row in result["rows"])
