@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gq_triton.kernels import backend, tables
+from gq_triton.kernels import backend, fake_quantize_cpu, tables
 from gq_triton.kernels import fake_quantize as fq
 from gq_triton.kernels.backend import tl
 
@@ -160,7 +160,7 @@ def test_chunks_do_not_change_the_result(make_quantizer, monkeypatch, chunk):
         ]
 
     whole = run()
-    monkeypatch.setattr(fq, "CHUNK", chunk)
+    monkeypatch.setattr(fake_quantize_cpu, "CHUNK", chunk)
     for mine, theirs in zip(run(), whole, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -289,11 +289,10 @@ class Implementation:
     """The three functions behind the operators; the interpreter launches kernels on CPU tensors too."""
 
     def __init__(self, device, triton):
-        prefix = "_launch_" if triton else "_"
-        suffix = "" if triton else "_cpu"
+        module, prefix = (fq, "_launch_") if triton else (fake_quantize_cpu, "")
         self.device = device
         self.forward, self.encode, self.backward = (
-            getattr(fq, f"{prefix}{name}{suffix}") for name in ("forward", "encode", "backward")
+            getattr(module, f"{prefix}{name}") for name in ("forward", "encode", "backward")
         )
 
 
@@ -329,7 +328,7 @@ def test_forward_matches_the_reference(make_quantizer, implementation, bits, sha
     soft = implementation.forward(weight, scale, table, True)
     torch.testing.assert_close(soft.cpu().double(), reference(exact), rtol=0, atol=4e-6)
     hard = implementation.forward(weight, scale, table, False)
-    assert torch.equal(hard.cpu(), fq._forward_cpu(weight.cpu(), scale.cpu(), table.cpu(), False))
+    assert torch.equal(hard.cpu(), fake_quantize_cpu.forward(weight.cpu(), scale.cpu(), table.cpu(), False))
     agree = (hard.cpu().double() - reference(exact, "hard")).abs() < 1e-6
     assert agree.double().mean() > 0.99  # but for weights within rounding of a border
     borders = tables.split_table(table).thresholds
@@ -350,7 +349,7 @@ def test_backward_matches_float64(make_quantizer, implementation, bits, shape, p
     grad = torch.randn(shape)
     actual = implementation.backward(grad.to(implementation.device), *inputs, 0.1, True)
     exact = [tensor.cpu().double() for tensor in inputs]
-    expected = fq._backward_cpu(grad.double(), *exact, 0.1, True)
+    expected = fake_quantize_cpu.backward(grad.double(), *exact, 0.1, True)
     for mine, theirs in zip(actual, expected, strict=True):
         assert relative_error(mine.cpu(), theirs) < (1e-4 if bits > 5 else 2e-5)
     without = implementation.backward(grad.to(implementation.device), *inputs, 0.1, False)
@@ -366,7 +365,7 @@ def test_small_mu_in_float32(make_quantizer, implementation, mu):
     soft = implementation.forward(*inputs, True)
     torch.testing.assert_close(soft.cpu().double(), reference(rounded(problem, torch.float32)), rtol=0, atol=2e-6)
     actual = implementation.backward(grad.to(implementation.device), *inputs, 0.0, True)
-    expected = fq._backward_cpu(grad.double(), *[tensor.cpu().double() for tensor in inputs], 0.0, True)
+    expected = fake_quantize_cpu.backward(grad.double(), *[tensor.cpu().double() for tensor in inputs], 0.0, True)
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine.cpu().double(), theirs, rtol=2e-3, atol=1e-4)
 
