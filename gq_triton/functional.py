@@ -8,6 +8,7 @@ Shapes: a weight has C channels along its first dimension; a scale is one per ch
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ __all__ = [
     "decode",
     "encode",
     "fake_quantize",
+    "fake_quantize_group",
     "pack",
     "packed_embedding",
     "packed_linear",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LEVELS = tuple(2**bits for bits in range(1, 9))
 
 
 def fake_quantize(
@@ -71,15 +74,65 @@ def fake_quantize(
         centroids.
     """
     _check_quantizer(weight, scale, centroids, mu)
+    (quantized,) = fake_quantize_group(
+        [weight],
+        scale,
+        centroids.unsqueeze(0),
+        mu=_scalar("mu", mu, weight.device).reshape(1),
+        hardness=_scalar("hardness", hardness, weight.device).reshape(1),
+        per_channel=scale.numel() == weight.shape[0],
+        forward=forward,
+        codebook_dtype=codebook_dtype,
+        straight_through=straight_through,
+    )
+    return quantized
+
+
+def fake_quantize_group(
+    weights: Sequence[Tensor],
+    scale: Tensor,
+    centroids: Tensor,
+    *,
+    mu: Tensor,
+    hardness: Tensor,
+    per_channel: bool,
+    forward: str = "hard",
+    codebook_dtype: str | None = None,
+    straight_through: float = 0.0,
+    learn_tables: bool = True,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`fake_quantize` of a group of G weights at once: a model has hundreds, and launching costs more than computing.
+
+    Args:
+        weights: G tensors ``(C_i, ...)`` of one dtype and device; options as in `fake_quantize` hold for all.
+        scale: the weights' scales in a row, ``(C_1 + ... + C_G,)``; or ``(G,)``, one for each weight.
+        centroids: ``(G, K)``, one grid for each weight.
+        mu, hardness: ``(G,)``.
+        per_channel: whether ``scale`` has an entry for each channel or for each weight.
+        learn_tables: whether centroids and mu get a gradient, which costs about as much again as the weights'.
+        dtype: of the results, as cast from the weights' dtype or, for 16-bit weights, float32. Default: the weights'.
+
+    Returns:
+        The G quantized weights. A weight whose result is not used receives no gradient.
+
+    Raises:
+        TypeError, ValueError: as `fake_quantize`.
+    """
+    _check_group(weights, scale, centroids, mu, hardness, per_channel)
     _check_option("forward", forward, ("hard", "soft"))
     _check_option("codebook_dtype", codebook_dtype, (None, "float", "int8", "fp8"))
+    _check_option("dtype", dtype, (None, *_FLOATS))
     if not 0 <= straight_through <= 1:
         raise ValueError(f"straight_through must lie in [0, 1], got {straight_through}")
-    work = _work_dtype(weight)
-    mu, hardness = _scalar("mu", mu, weight.device), _scalar("hardness", hardness, weight.device)
-    table = _tables.build_table(centroids, mu, hardness, codebook_dtype, work)
-    arguments = forward == "soft", float(straight_through), table.requires_grad
-    return _fake_quantize.fake_quantize(weight, _flushed(scale, work), table, *arguments)
+    if not weights:
+        return []
+    work = _work_dtype(weights[0])
+    if not learn_tables:
+        centroids, mu = centroids.detach(), mu.detach()
+    tables = _tables.build_tables(centroids, mu, hardness, codebook_dtype, work)
+    options = per_channel, forward == "soft", float(straight_through), tables.requires_grad, dtype
+    return _fake_quantize.fake_quantize(list(weights), _flushed(scale, work), tables, *options)
 
 
 def encode(weight: Tensor, scale: Tensor, centroids: Tensor, *, mu: float | Tensor) -> Tensor:
@@ -258,6 +311,32 @@ def _check_quantizer(weight: Tensor, scale: Tensor, centroids: Tensor, mu: float
             raise ValueError(f"{name} must be on the weight's device, {weight.device}, but is on {tensor.device}")
 
 
+def _check_group(
+    weights: Sequence[Tensor], scale: Tensor, centroids: Tensor, mu: Tensor, hardness: Tensor, per_channel: bool
+) -> None:
+    group = len(weights)
+    for weight in weights:
+        _check_dtype("weights", weight, *_FLOATS)
+        if weight.dim() == 0:
+            raise ValueError("weights must have at least one dimension each")
+        if (weight.dtype, weight.device) != (weights[0].dtype, weights[0].device):
+            raise ValueError(
+                f"weights must have one dtype and device, got {weights[0].dtype} on {weights[0].device} "
+                f"and {weight.dtype} on {weight.device}"
+            )
+    scales = sum(weight.shape[0] for weight in weights) if per_channel else group
+    expected = {"scale": (scale, (scales,)), "mu": (mu, (group,)), "hardness": (hardness, (group,))}
+    for name, (tensor, shape) in expected.items():
+        _check_dtype(name, tensor, *_FLOATS)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} for {group} weights, got {tuple(tensor.shape)}")
+    _check_dtype("centroids", centroids, *_FLOATS)
+    if centroids.shape[:-1] != (group,) or centroids.shape[-1] not in _LEVELS:
+        raise ValueError(
+            f"centroids must have shape ({group}, K) with K a power of two, 2 to 256, got {tuple(centroids.shape)}"
+        )
+
+
 def _check_scale(scale: Tensor, rows: Tensor, name: str) -> None:
     _check_dtype("scale", scale, *_FLOATS)
     if scale.dim() != 1 or scale.numel() not in (1, rows.shape[0]):
@@ -267,7 +346,7 @@ def _check_scale(scale: Tensor, rows: Tensor, name: str) -> None:
 
 def _check_centroids(centroids: Tensor) -> None:
     _check_dtype("centroids", centroids, *_FLOATS)
-    if centroids.dim() != 1 or centroids.numel() not in [2**bits for bits in range(1, 9)]:
+    if centroids.dim() != 1 or centroids.numel() not in _LEVELS:
         raise ValueError(
             f"centroids must have shape (K,) with K a power of two, 2 to 256, got {tuple(centroids.shape)}"
         )

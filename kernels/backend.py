@@ -43,11 +43,12 @@ else:
         return n
 
 
-def launching(tensor: Tensor) -> AbstractContextManager:
-    """Make the device of ``tensor`` the current one for a launch (of the interpreter, for a CPU tensor)."""
+def launching(tensor: Tensor, float64: bool = False) -> AbstractContextManager:
+    """Make the device of ``tensor`` the current one for a launch (of the interpreter, for a CPU tensor); ``float64``:
+    of a kernel that computes in it."""
     if triton is None:
         raise RuntimeError(f"triton is needed to quantize tensors on {tensor.device}: pip install 'gq-triton[triton]'")
-    if tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 and not float64:
         raise TypeError(f"float64 is computed on the CPU only, got a float64 tensor on {tensor.device}")
     return torch.cuda.device_of(tensor)
 

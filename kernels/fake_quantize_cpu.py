@@ -1,13 +1,16 @@
 """Fake quantization on the CPU: vectorised torch over chunks that stay in the cache.
 
 Mathematics, notation and reference in `gq_triton.kernels.fake_quantize`, of whose operators these are the CPU
-implementation.
+implementation.  The time is that of the passes over a chunk, so intermediate results are overwritten, comparisons give
+numbers (masks of bool are several times slower), and what is looked up by one index is looked up at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -16,159 +19,239 @@ from gq_triton.kernels.tables import Table, split_table
 
 __all__ = ["backward", "encode", "forward"]
 
-BINS = 4096  # of the look-up table that finds a code's neighbourhood at once
-CHUNK = 1 << 16  # weights per step: its temporaries stay in the second-level cache
+CHUNK = 1 << 15  # weights per step: its dozen temporaries (1.5 MB) stay in the second-level cache
+BINS = 1024  # at most, of a `_Finder`
+SMALL_MU = 4e-3  # below it dF/dmu in closed form cancels in float32; the series errs by mu^2
 
 
-class _Counter:
-    """Counts the borders below each value: one look-up, then as many comparisons as a bin and its neighbours need."""
+class _Finder:
+    """Finds how many borders lie below a value: a look-up by the value's bin, then as many comparisons as it takes to
+    tell the borders near one bin apart. The answers are indices into ``counts``."""
 
-    def __init__(self, borders: Tensor):
-        """``borders``: sorted, within [-1, 1] or infinite."""
-        self.borders = torch.cat([borders, borders.new_full((1,), torch.inf)])
-        counts = torch.bincount(_bin(borders), minlength=BINS).cumsum(0)
-        surely = torch.cat([counts.new_zeros(2), counts[:-2]])  # a margin of one bin for the rounding of weight / scale
-        possibly = torch.cat([counts[1:], counts[-1:]])
-        self.surely = surely.int()
-        self.steps = int((possibly - surely).max())
+    def __init__(self, borders: Tensor, radius: float = 1.0):
+        """``borders``: sorted; may be infinite. ``radius``: of the values."""
+        bins = min(BINS, 16 << borders.numel().bit_length())
+        self.origin, self.mask, limits = _bins(bins, borders.dtype)
+        self.slope = (bins / 2 - 1) / radius
+        surely, possibly = torch.searchsorted(borders, limits * radius, out_int32=True)
+        depth = int((possibly - surely).max()).bit_length()
+        padded = torch.cat([borders, borders.new_full((1 << depth,), torch.inf)])
+        if depth <= 1:  # one comparison with the bin's own border; the index is the bin's, plus ``bins`` if it is below
+            self.start, self.steps = None, [(padded.index_select(0, surely), bins)] * depth
+            self.counts = torch.cat([surely, surely + 1]).clamp_(max=borders.numel())
+        else:  # bisection; the index is the count
+            self.start, self.steps = surely, [(padded[step - 1 :], step) for step in _halving(1 << depth)]
+            self.counts = torch.arange(borders.numel() + 1, dtype=torch.int32, device="cpu")
 
-    def __call__(self, x: Tensor, scale: Tensor | float, weight: Tensor) -> Tensor:
-        """How many borders b satisfy ``scale * b < weight``, int32; ``x`` is weight / scale but for rounding."""
-        count = self.surely.index_select(0, _bin(x).view(-1)).view(x.shape)
-        for _ in range(self.steps):
-            count += _take(self.borders, count).mul_(scale).lt_(weight).int()  # lt_: floats compare faster than to bool
-        return count
+    def __call__(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """For every weight the index into ``counts`` of how many borders b satisfy ``scale * b < weight``, flat.
 
-
-def _bin(x: Tensor) -> Tensor:
-    """The bin of each x in [-1, 1], int32; clamped twice because NaN survives the first and no integer does."""
-    return x.add(1).mul_(BINS / 2).clamp_(0, BINS - 1).int().clamp_(0, BINS - 1)
-
-
-def _take(entries: Tensor, index: Tensor) -> Tensor:
-    """``entries[index]``; index_select with 32-bit indices is several times faster than indexing."""
-    return entries.index_select(0, index.view(-1)).view(index.shape)
-
-
-def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Contiguous blocks of at most about CHUNK elements that cover (rows, columns)."""
-    height = max(1, CHUNK // columns)
-    for top in range(0, rows, height):
-        for left in range(0, columns, CHUNK):
-            yield slice(top, top + height), slice(left, left + CHUNK)
+        ``x`` is weight / scale but for rounding, within the radius; not finite, it gives some index.
+        """
+        index = torch.add(self.origin, x, alpha=self.slope).view(-1).view(self.mask.dtype).bitwise_and_(self.mask)
+        if self.start is not None:
+            index = self.start.index_select(0, index)
+        for borders, step in self.steps:
+            border = borders.index_select(0, index).view(weight.shape)
+            below = (border if scale is None else border.mul_(scale)).lt_(weight).view(-1)
+            index.add_(below.to(index.dtype), alpha=step)
+        return index
 
 
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is 0 or too small to invert, so that x is 0 there and not NaN."""
-    usable = scale > torch.finfo(scale.dtype).tiny
-    return torch.where(usable, 1 / scale, 0)
+def _halving(power: int) -> list[int]:
+    """power / 2, power / 4, ..., 1"""
+    return [1 << bit for bit in reversed(range(power.bit_length() - 1))]
 
 
-class _Curve:
-    """The elementwise part of soft quantization on a block of x = weight / scale; names as in the module docstring."""
+@lru_cache
+def _bins(bins: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(origin, mask, limits (2, bins)) of the bins of [-1, 1].
 
-    def __init__(self, x: Tensor, table: Table, count: _Counter):
-        self.k, mu, self.low, self.high = table.curve.tolist()
-        self.mu = max(mu, 1e-20)  # where log1p(mu |x|) / log1p(mu) is |x| to the last bit
-        self.log = math.log1p(self.mu)
-        self.x = x.clamp(*table.bounds.tolist())
-        self.stretch = self.x.abs().mul_(self.mu)  # mu |x|
-        self.y = self.stretch.log1p().mul_(1 / self.log).copysign_(x)
-        self.cell = count(self.y, 1.0, self.y)
-        self.sigma = _take(table.offset, self.cell).add_(self.y, alpha=self.k).sigmoid_()
-        self.jump = _take(table.jump, self.cell)
+    The bin of x is the integer closest to (x + 1) bins / 2 - x. Added to a power of two so large that the mantissa has
+    no room for fractions, it is found in the lowest bits. No x of a bin lies outside its limits, for which rounding has
+    a margin; the last bin ends below infinity, which no weight exceeds.
+    """
+    power, integer = {torch.float32: (2.0**23, torch.int32), torch.float64: (2.0**52, torch.int64)}[dtype]
+    center, reach = torch.arange(bins, dtype=torch.float64, device="cpu") - bins / 2, 0.51
+    limits = torch.stack([center - reach, center + reach]) / (bins / 2 - 1)
+    limits[0, :2], limits[1, -1] = -torch.inf, torch.finfo(dtype).max
+    mask = torch.tensor(bins - 1, dtype=integer, device="cpu")
+    return torch.tensor(power + bins / 2, dtype=dtype, device="cpu"), mask, limits.to(dtype)
 
-    def value(self, table: Table) -> Tensor:
-        """q"""
-        return _take(table.left, self.cell).addcmul_(self.jump, self.sigma)
 
-    def logistic_slope(self) -> Tensor:
-        """J sigma (1 - sigma)"""
-        return torch.addcmul(self.sigma, self.sigma, self.sigma, value=-1).mul_(self.jump)
-
-    def companding_slope(self) -> Tensor:
-        """F'(x)"""
-        return self.stretch.add(1).reciprocal_().mul_(self.mu / self.log)
-
-    def companding_slope_mu(self) -> Tensor:
-        """dF/dmu at x"""
-        if self.mu < 4e-3:  # the closed form cancels in float32; the series errs by mu^2
-            size = self.stretch / self.mu
-            return self.x * (1 - size) * (0.5 - self.mu / 6 * (1 + 4 * size))
-        return self.x / (self.stretch + 1) / self.log - self.y / (self.log * (1 + self.mu))
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of at most CHUNK elements (at least a row of a narrow tensor) that cover tensors (rows, columns) or
+    (rows, 1)."""
+    rows, columns = tensors[0].shape
+    if rows * columns <= CHUNK:
+        yield tensors
+        return
+    strips = zip(*(tensor.split(max(1, CHUNK // columns)) for tensor in tensors), strict=True)
+    if columns <= CHUNK:
+        yield from strips
+        return
+    for row in strips:
+        parts = (part.split(CHUNK, 1) if part.shape[1] == columns else repeat(part) for part in row)
+        yield from zip(*parts, strict=False)
 
 
 def _rows(tensor: Tensor, scale: Tensor) -> Tensor:
     return tensor.reshape(scale.numel(), -1)
 
 
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is 0 or too small to invert, so that x is 0 there and not NaN."""
+    return scale.reciprocal().nan_to_num_(posinf=0)
+
+
+class _Curve:
+    """The elementwise part of soft quantization, flat; names as in `gq_triton.kernels.fake_quantize`, but y and what
+    meets it is still multiplied by ln(1 + mu)."""
+
+    def __init__(self, parts: Table):
+        self.low, self.high = parts.bounds.tolist()
+        self.k, mu, low, high = parts.curve.tolist()
+        self.mu = max(mu, 1e-20)  # where log1p(mu |x|) / log1p(mu) is |x| to the last bit
+        self.log = math.log1p(self.mu)
+        self.y_low, self.y_high = low * self.log, high * self.log
+        self.find = _Finder(parts.edges * self.log, max(1, -low, high) * self.log)
+        self.cells = torch.stack([parts.left, parts.jump, parts.offset]).index_select(1, self.find.counts)
+
+    def compress(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, 1 + mu |x|) of a clamped x."""
+        sign = x.sign()
+        grown = torch.addcmul(_one(x.dtype), x, sign, value=self.mu)
+        log = grown.log() if self.mu > 0.5 else torch.mul(x, sign).mul_(self.mu).log1p_()  # log1p is the slower
+        return log.mul_(sign), grown
+
+    def look_up(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(index of the cell, (A, J, sigma))"""
+        index = self.find(y, y)
+        cells = self.cells.index_select(1, index)
+        cells[2].add_(y, alpha=self.k / self.log).sigmoid_()
+        return index, cells
+
+
+@lru_cache
+def _one(dtype: torch.dtype) -> Tensor:
+    return torch.ones((), dtype=dtype, device="cpu")  # a Python number costs a conversion at every use
+
+
 def forward(weight: Tensor, scale: Tensor, table: Tensor, soft: bool) -> Tensor:
-    out = torch.empty(weight.shape, dtype=weight.dtype)
+    out = weight.new_empty(weight.shape)
     if not weight.numel():
         return out
-    parts, rows, flat = split_table(table), _rows(weight, scale), _rows(out, scale)
-    column, inverse = scale.unsqueeze(1), _inverse(scale).unsqueeze(1)
-    count = _Counter(parts.edges if soft else parts.thresholds)
-    for block in _blocks(*rows.shape):
-        w, s = rows[block].to(scale.dtype), column[block[0]]
-        if soft:
-            unit = _Curve(w * inverse[block[0]], parts, count).value(parts)
-        else:
-            unit = _take(parts.values, count(w / s, s, w))
-        torch.add(unit.mul_(s), w - w, out=flat[block])  # w - w: NaN where w is not finite, else +0 (and -0 + 0 is +0)
+    quantize, column = (_soft if soft else _hard)(split_table(table)), scale.unsqueeze(1)
+    for w, s, flat in _blocks(_rows(weight, scale), column, _rows(out, scale)):
+        w = w.to(scale.dtype).contiguous()
+        unit = quantize(w, s).view(w.shape)
+        torch.addcmul(w - w, unit, s, out=flat)  # w - w: NaN where w is not finite, else +0 (and -0 + 0 is +0)
     return out
 
 
+def _hard(parts: Table) -> Callable[[Tensor, Tensor], Tensor]:
+    find = _Finder(parts.thresholds)
+    values = parts.values.index_select(0, find.counts)
+    return lambda w, s: values.index_select(0, find((w / s).clamp_(-1, 1), w, s))
+
+
+def _soft(parts: Table) -> Callable[[Tensor, Tensor], Tensor]:
+    curve = _Curve(parts)
+
+    def quantize(w: Tensor, s: Tensor) -> Tensor:
+        y, _ = curve.compress((w * _inverse(s)).view(-1).clamp_(curve.low, curve.high))
+        _, (left, jump, sigma) = curve.look_up(y)
+        return left.addcmul_(jump, sigma)
+
+    return quantize
+
+
 def encode(weight: Tensor, scale: Tensor, borders: Tensor) -> Tensor:
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = weight.new_empty(weight.shape, dtype=torch.uint8)
     if not weight.numel():
         return codes
-    rows, flat, column = _rows(weight, scale), _rows(codes, scale), scale.unsqueeze(1)
-    count = _Counter(borders)
-    for block in _blocks(*rows.shape):
-        w, s = rows[block].to(scale.dtype), column[block[0]]
-        flat[block] = count(w / s, s, w)
+    find = _Finder(borders)
+    counts = find.counts.to(torch.uint8)
+    for w, s, flat in _blocks(_rows(weight, scale), scale.unsqueeze(1), _rows(codes, scale)):
+        w = w.to(scale.dtype).contiguous()
+        flat.copy_(counts.index_select(0, find((w / s).clamp_(-1, 1), w, s)).view(w.shape))
     return codes
 
 
 def backward(
     grad: Tensor, weight: Tensor, scale: Tensor, table: Tensor, straight_through: float, table_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dweight, dscale = torch.empty(weight.shape, dtype=weight.dtype), torch.zeros_like(scale)
-    dtable = torch.zeros_like(table, dtype=torch.float64)
+    dweight, dscale, dtable = weight.new_empty(weight.shape), torch.zeros_like(scale), torch.zeros_like(table)
     if not weight.numel():
-        return dweight, dscale, dtable.to(table.dtype)
-    parts, sums = split_table(table), split_table(dtable)
-    rows, grads, flat = _rows(weight, scale), _rows(grad, scale), _rows(dweight, scale)
-    column, inverse = scale.unsqueeze(1), _inverse(scale).unsqueeze(1)
-    count = _Counter(parts.edges)
-    for block in _blocks(*rows.shape):
-        g, w = grads[block].to(scale.dtype), rows[block].to(scale.dtype)
-        x = torch.addcmul(w - w, w, inverse[block[0]])  # NaN where w is not finite
-        curve = _Curve(x, parts, count)
-        spread = curve.logistic_slope()
-        slope = (spread * curve.companding_slope()).mul_(curve.k * (1 - straight_through)).add_(straight_through)
-        torch.mul(g, slope, out=flat[block])
-        inside = torch.eq(x, curve.x, out=torch.empty_like(x))  # as numbers: masks of bool are several times slower
-        dscale[block[0]] += curve.value(parts).addcmul_(slope.mul_(inside), x, value=-1).mul_(g).sum(1)
+        return dweight, dscale, dtable
+    curve = _Curve(split_table(table))
+    sums = _TableSums(curve)
+    factor = (1 - straight_through) * curve.k * curve.mu / curve.log
+    share = scale.new_tensor(straight_through)
+    columns = [tensor.unsqueeze(1) for tensor in (scale, _inverse(scale), dscale)]
+    for g, w, flat, s, inverse, ds in _blocks(*(_rows(tensor, scale) for tensor in (grad, weight, dweight)), *columns):
+        g, w = g.to(scale.dtype).contiguous(), w.to(scale.dtype).contiguous()
+        x = torch.addcmul(w - w, w, inverse).view(-1)  # NaN where w is not finite
+        clamped = x.clamp(curve.low, curve.high)
+        inside = torch.eq(x, clamped, out=torch.empty_like(x))
+        x.mul_(inside)
+        y, grown = curve.compress(clamped)
+        index, cells = curve.look_up(y)
+        left, jump, sigma = cells
+        q = left.addcmul_(jump, sigma)
+        spread = jump.mul_(torch.addcmul(sigma, sigma, sigma, value=-1))
+        slope = torch.addcdiv(share, spread, grown, value=factor)
+        torch.mul(g, slope.view(g.shape), out=flat)
+        ds += q.addcmul_(slope, x, value=-1).view(g.shape).mul_(g).sum(1, keepdim=True)
         if table_grad:
-            _add_table_grad(sums, curve, g * column[block[0]], spread, inside)
-    return dweight, dscale, dtable.to(table.dtype)
+            torch.mul(g, s, out=q.view(g.shape))
+            sums.add(index, cells, y, x, clamped, inside, grown)
+    if table_grad:
+        sums.write(split_table(dtable))
+    return dweight, dscale, dtable
 
 
-def _add_table_grad(sums: Table, curve: _Curve, g: Tensor, spread: Tensor, inside: Tensor) -> None:
-    """Add one block's part of the table's gradient; ``g`` is dL/dq."""
-    cell, through = curve.cell.long().view(-1), spread.mul_(g)
-    for total, part in [(sums.left, g), (sums.jump, g * curve.sigma), (sums.offset, through)]:
-        total += g.new_zeros(total.numel()).scatter_add_(0, cell, part.view(-1))
-    inner = through * inside
-    outer = through.sub_(inner)  # here y is z_0 or z_{K-1}, which the two sums tell apart
-    inner_y, outer_y, outer_sum = _dot(inner, curve.y), _dot(outer, curve.y), outer.sum().item()
-    above = (outer_y - curve.low * outer_sum) / (curve.high - curve.low)
-    dmu = _dot(inner, curve.companding_slope_mu())
-    dk, dlow, dhigh = inner_y + outer_y, curve.k * (outer_sum - above), curve.k * above
-    sums.curve.add_(torch.tensor([dk, curve.k * dmu, dlow, dhigh], dtype=sums.curve.dtype))
+class _TableSums:
+    """The sums over weights that are a table's gradient. Those per cell are kept for every index of the finder, many
+    more: adding to one address twice in a row stalls."""
+
+    def __init__(self, curve: _Curve):
+        self.curve = curve
+        self.cells = torch.zeros_like(curve.cells, dtype=torch.float64)
+        self.y = self.inside = self.outside = self.mu = 0.0
+
+    def add(
+        self, index: Tensor, cells: Tensor, y: Tensor, x: Tensor, clamped: Tensor, inside: Tensor, grown: Tensor
+    ) -> None:
+        """Add a block, which is overwritten. ``cells``: (G, J sigma (1 - sigma), sigma); ``x``: 0 where clamped."""
+        cells[1:].mul_(cells[0])
+        self.cells += cells.new_zeros(self.cells.shape).scatter_add_(1, index.long().expand(3, -1), cells)
+        through = cells[1]
+        self.y += _dot(through, y)
+        self.inside += _dot(through, inside)
+        self.outside += _dot(through, clamped.sub_(x))
+        self.mu += _dot(through, self.series(x) if self.curve.mu < SMALL_MU else x.div_(grown))
+
+    def series(self, x: Tensor) -> Tensor:
+        """dF/dmu for a small mu."""
+        size = x.abs()
+        return x * (1 - size) * (0.5 - self.curve.mu / 6 * (1 + 4 * size))
+
+    def write(self, gradient: Table) -> None:
+        curve = self.curve
+        cell = curve.find.counts.long().expand(3, -1)
+        left, offset, jump = self.cells.new_zeros(3, gradient.left.numel()).scatter_add_(1, cell, self.cells)
+        gradient.left.copy_(left)
+        gradient.jump.copy_(jump)
+        gradient.offset.copy_(offset)
+        clamped = offset.sum().item() - self.inside
+        above = (self.outside - curve.low * clamped) / (curve.high - curve.low)
+        below = clamped - above
+        inner_y = self.y - below * curve.y_low - above * curve.y_high
+        dmu = self.mu if curve.mu < SMALL_MU else (self.mu - inner_y / (curve.log * (1 + curve.mu))) / curve.log
+        ends = [self.y / curve.log, curve.k * dmu, curve.k * below, curve.k * above]
+        gradient.curve.copy_(torch.tensor(ends, dtype=torch.float64, device="cpu"))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return torch.dot(a.view(-1), b.view(-1)).item()
+    return torch.dot(a, b).item()

@@ -21,7 +21,7 @@ class Quantizer(NamedTuple):
 
     def table(self, dtype: torch.dtype = torch.float32, codebook: str | None = None) -> Tensor:
         centroids, mu = self.centroids.to(dtype), self.mu.to(dtype)
-        return tables.build_table(centroids, mu, self.hardness, codebook, dtype)
+        return tables.build_tables(centroids[None], mu[None], self.hardness[None], codebook, dtype)[0]
 
 
 @pytest.fixture
