@@ -73,6 +73,84 @@ def test_one_bit_trains_towards_the_target():
     assert loss < 1e-2
 
 
+def group_of(device, dtype=torch.float32):
+    """Three weights and the arguments that quantize them together."""
+    weights = [torch.randn(shape, device=device, dtype=dtype) for shape in [(4, 6), (3, 5, 2), (8,)]]
+    tensors = {
+        "scale": torch.rand(15, device=device) + 0.5,
+        "centroids": torch.stack([centroids_of(3) * limit for limit in (1.0, 0.9, 0.8)]).to(device),
+        "mu": torch.tensor([0.0, 2.0, 255.0], device=device),
+        "hardness": torch.tensor([1.0, 4.0, 9.0], device=device),
+    }
+    return weights, tensors
+
+
+@pytest.mark.parametrize("forward", ["hard", "soft"])
+@pytest.mark.parametrize("codebook", [None, "int8"])
+def test_a_group_equals_its_members_with_all_gradients(device, forward, codebook):
+    weights, tensors = group_of(device)
+    options = {"forward": forward, "codebook_dtype": codebook, "straight_through": 0.1}
+    grads = []
+    for together in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*weights, *tensors.values())]
+        own, (scale, centroids, mu, _) = leaves[:3], leaves[3:]
+        hardness = tensors["hardness"]
+        if together:
+            shared = {"mu": mu, "hardness": hardness, "per_channel": True, **options}
+            quantized = F.fake_quantize_group(own, scale, centroids, **shared)
+        else:
+            members = zip(own, scale.split([4, 3, 8]), centroids, mu, hardness, strict=True)
+            quantized = [F.fake_quantize(w, s, z, mu=m, hardness=a, **options) for w, s, z, m, a in members]
+        loss = sum((index + 1) * out.square().sum() for index, out in enumerate(quantized))
+        grads.append([*quantized, *torch.autograd.grad(loss, leaves[:6])])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_tables_that_are_not_learned_get_no_gradient():
+    weights, tensors = group_of("cpu")
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    quantized = F.fake_quantize_group(
+        [w.requires_grad_() for w in weights], **leaves, per_channel=True, learn_tables=False
+    )
+    sum(out.sum() for out in quantized).backward()
+    assert leaves["scale"].grad.any() and weights[0].grad.any()
+    assert leaves["centroids"].grad is None and leaves["mu"].grad is None
+
+
+def test_an_empty_group():
+    nothing = torch.empty(0)
+    arguments = {"mu": nothing, "hardness": nothing, "per_channel": True}
+    assert F.fake_quantize_group([], nothing, torch.empty(0, 4), **arguments) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.ones(14)}, r"scale must have shape \(15,\) for 3 weights, got \(14,\)"),
+        ({"scale": torch.ones(15), "per_channel": False}, r"scale must have shape \(3,\)"),
+        ({"mu": torch.ones(2)}, r"mu must have shape \(3,\)"),
+        ({"hardness": torch.ones(3, 1)}, r"hardness must have shape \(3,\)"),
+        ({"centroids": torch.zeros(3, 5)}, r"centroids must have shape \(3, K\) with K a power of two"),
+        ({"centroids": torch.zeros(2, 4)}, r"centroids must have shape \(3, K\)"),
+        ({"forward": "firm"}, "forward must be one of 'hard', 'soft'"),
+        ({"straight_through": 2.0}, "straight_through must lie in"),
+        ({"dtype": torch.int8}, "dtype must be one of"),
+    ],
+)
+def test_wrong_groups_are_refused(change, message):
+    weights, tensors = group_of("cpu")
+    with pytest.raises(ValueError, match=message):
+        F.fake_quantize_group(weights, **{**tensors, "per_channel": True, **change})
+
+
+def test_a_group_of_two_dtypes_is_refused():
+    weights, tensors = group_of("cpu")
+    weights[1] = weights[1].bfloat16()
+    with pytest.raises(ValueError, match="weights must have one dtype and device, got torch.float32 on cpu and"):
+        F.fake_quantize_group(weights, **tensors, per_channel=True)
+
+
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize("activations", [None, "int8", "fp8"])
 def test_packed_linear_equals_linear_on_the_hard_weight(device, bits, activations):
