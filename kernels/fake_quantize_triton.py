@@ -454,13 +454,10 @@ def one_hot_size(bits: int) -> int:
 class _Matrix(NamedTuple):
     """A tensor as a matrix of one row per channel."""
 
-    tensor: Tensor
-    stride: int
-
-    @property
-    def aligned(self) -> bool:
-        columns = self.tensor.shape[1]
-        return columns % ALIGN == 0 and self.stride % ALIGN == 0 and self.tensor.data_ptr() % 16 == 0
+    tensor: Tensor  # keeps the memory
+    address: int
+    stride: int  # from row to row
+    aligned: bool
 
 
 Matrices = tuple[_Matrix, ...]  # the weight's and those of its size that go with it
@@ -468,15 +465,20 @@ Matrices = tuple[_Matrix, ...]  # the weight's and those of its size that go wit
 
 def _as_matrix(tensor: Tensor) -> _Matrix:
     """Without a copy where every channel lies in one piece."""
-    rows = len(tensor)
-    columns = tensor.numel() // max(rows, 1)
+    columns = stride = tensor.numel() // max(len(tensor), 1)
+    if not tensor.is_contiguous():
+        tensor, stride = _with_whole_rows(tensor, columns)
+    address = tensor.data_ptr()
+    return _Matrix(tensor, address, stride, columns % ALIGN == 0 and stride % ALIGN == 0 and address % 16 == 0)
+
+
+def _with_whole_rows(tensor: Tensor, columns: int) -> tuple[Tensor, int]:
+    """(the tensor, or a copy, in which every row lies in one piece; the stride of the rows)"""
     try:
-        matrix = tensor.view(rows, columns)
+        matrix = tensor.view(len(tensor), columns)
     except RuntimeError:
-        matrix = tensor.contiguous().view(rows, columns)
-    if matrix.stride(1) != 1 and columns > 1:
-        matrix = matrix.contiguous()
-    return _Matrix(matrix, matrix.stride(0))
+        return tensor.contiguous(), columns
+    return (matrix, matrix.stride(0)) if matrix.stride(1) == 1 else (tensor.contiguous(), columns)
 
 
 class _Plan(NamedTuple):
@@ -555,7 +557,7 @@ def _layout(
 def _addresses(matrices: Sequence[Matrices | None], device: torch.device) -> Tensor:
     """Address and row stride of each weight's matrices, on the device; of those left out, anything."""
     some = next(some for some in matrices if some is not None)
-    numbers = tuple(number for own in matrices for m in own or some for number in (m.tensor.data_ptr(), m.stride))
+    numbers = tuple(number for own in matrices for m in own or some for number in (m.address, m.stride))
     if device.type != "cuda":
         return _uploaded(numbers, device, 0)[0]
     pair = _uploaded(numbers, device, torch.cuda.current_stream(device).cuda_stream)

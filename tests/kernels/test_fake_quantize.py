@@ -638,10 +638,10 @@ def test_results_in_another_dtype_are_casts(group, kernel_device, soft, dtype, r
 def test_rows_apart_in_memory_are_read_where_they_are(kernel_device):
     """A slice of a wider matrix needs no copy; a transposed one does."""
     wide = torch.randn(6, 40, device=kernel_device)
-    assert gpu._as_matrix(wide[:, 8:24]).tensor.data_ptr() == wide[:, 8:24].data_ptr()
-    assert gpu._as_matrix(wide[:, 8:24]).aligned
+    assert gpu._as_matrix(wide[:, 8:24])[1:] == (wide[:, 8:24].data_ptr(), 40, True)
     assert not gpu._as_matrix(wide[:, 7:23]).aligned
     assert gpu._as_matrix(wide.t()).tensor.is_contiguous()
+    assert gpu._as_matrix(wide.t()).stride == 6
 
 
 @pytest.mark.parametrize("part", [slice(None), (slice(None), slice(8, 24)), (slice(None), slice(3, 4))])
