@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class _Finder:
         bins = min(BINS, 16 << borders.numel().bit_length())
         self.origin, self.mask, limits = _bins(bins, borders.dtype)
         self.slope = (bins / 2 - 1) / radius
-        surely, possibly = torch.searchsorted(borders, limits * radius, out_int32=True)
+        surely, possibly = torch.searchsorted(borders, limits * radius, out_int32=True).unbind()
         depth = int((possibly - surely).max()).bit_length()
         padded = torch.cat([borders, borders.new_full((1 << depth,), torch.inf)])
         if depth <= 1:  # one comparison with the bin's own border; the index is the bin's, plus ``bins`` if it is below
@@ -80,8 +81,7 @@ def _bins(bins: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of at most CHUNK elements (at least a row of a narrow tensor) that cover tensors (rows, columns) or
-    (rows, 1)."""
+    """Blocks of at most CHUNK elements that cover tensors (rows, columns), the first among them, and (rows, 1)."""
     rows, columns = tensors[0].shape
     if rows * columns <= CHUNK:
         yield tensors
@@ -104,11 +104,24 @@ def _inverse(scale: Tensor) -> Tensor:
     return scale.reciprocal().nan_to_num_(posinf=0)
 
 
+class _Point(NamedTuple):
+    """The curve at x = weight / scale, one entry per weight."""
+
+    clamped: Tensor  # x within the bounds
+    inside: Tensor  # 1 where x is within the bounds, else 0
+    inner: Tensor  # x, or 0 where it is not within the bounds
+    grown: Tensor  # 1 + mu |clamped|
+    y: Tensor
+    index: Tensor  # of the cell, in the finder's counts
+    cells: Tensor  # (3, n): A, J, sigma
+
+
 class _Curve:
     """The elementwise part of soft quantization, flat; names as in `gq_triton.kernels.fake_quantize`, but y and what
     meets it is still multiplied by ln(1 + mu)."""
 
     def __init__(self, parts: Table):
+        self.levels = parts.values.numel()
         self.low, self.high = parts.bounds.tolist()
         self.k, mu, low, high = parts.curve.tolist()
         self.mu = max(mu, 1e-20)  # where log1p(mu |x|) / log1p(mu) is |x| to the last bit
@@ -117,15 +130,23 @@ class _Curve:
         self.find = _Finder(parts.edges * self.log, max(1, -low, high) * self.log)
         self.cells = torch.stack([parts.left, parts.jump, parts.offset]).index_select(1, self.find.counts)
 
-    def compress(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, 1 + mu |x|) of a clamped x."""
-        sign = x.sign()
-        grown = torch.addcmul(_one(x.dtype), x, sign, value=self.mu)
-        log = grown.log() if self.mu > 0.5 else torch.mul(x, sign).mul_(self.mu).log1p_()  # log1p is the slower
+    def at(self, x: Tensor) -> _Point:
+        """``x`` is overwritten."""
+        clamped = x.clamp(self.low, self.high)
+        inside = torch.eq(x, clamped, out=torch.empty_like(x))
+        inner = torch.mul(clamped, inside, out=x)
+        y, grown = self.compress(clamped)
+        return _Point(clamped, inside, inner, grown, y, *self.look_up(y))
+
+    def compress(self, clamped: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, grown)"""
+        sign = clamped.sign()
+        grown = torch.addcmul(_number(1.0, sign.dtype), clamped, sign, value=self.mu)
+        log = grown.log() if self.mu > 0.5 else torch.mul(clamped, sign).mul_(self.mu).log1p_()  # the slower one
         return log.mul_(sign), grown
 
     def look_up(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(index of the cell, (A, J, sigma))"""
+        """(index, cells)"""
         index = self.find(y, y)
         cells = self.cells.index_select(1, index)
         cells[2].add_(y, alpha=self.k / self.log).sigmoid_()
@@ -133,8 +154,9 @@ class _Curve:
 
 
 @lru_cache
-def _one(dtype: torch.dtype) -> Tensor:
-    return torch.ones((), dtype=dtype, device="cpu")  # a Python number costs a conversion at every use
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """As a tensor: elementwise functions of three tensors take no Python numbers."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def forward(weight: Tensor, scale: Tensor, table: Tensor, soft: bool) -> Tensor:
@@ -160,7 +182,7 @@ def _soft(parts: Table) -> Callable[[Tensor, Tensor], Tensor]:
 
     def quantize(w: Tensor, s: Tensor) -> Tensor:
         y, _ = curve.compress((w * _inverse(s)).view(-1).clamp_(curve.low, curve.high))
-        _, (left, jump, sigma) = curve.look_up(y)
+        left, jump, sigma = curve.look_up(y)[1].unbind()
         return left.addcmul_(jump, sigma)
 
     return quantize
@@ -185,30 +207,41 @@ def backward(
     if not weight.numel():
         return dweight, dscale, dtable
     curve = _Curve(split_table(table))
-    sums = _TableSums(curve)
-    factor = (1 - straight_through) * curve.k * curve.mu / curve.log
-    share = scale.new_tensor(straight_through)
-    columns = [tensor.unsqueeze(1) for tensor in (scale, _inverse(scale), dscale)]
-    for g, w, flat, s, inverse, ds in _blocks(*(_rows(tensor, scale) for tensor in (grad, weight, dweight)), *columns):
-        g, w = g.to(scale.dtype).contiguous(), w.to(scale.dtype).contiguous()
-        x = torch.addcmul(w - w, w, inverse).view(-1)  # NaN where w is not finite
-        clamped = x.clamp(curve.low, curve.high)
-        inside = torch.eq(x, clamped, out=torch.empty_like(x))
-        x.mul_(inside)
-        y, grown = curve.compress(clamped)
-        index, cells = curve.look_up(y)
-        left, jump, sigma = cells
-        q = left.addcmul_(jump, sigma)
-        spread = jump.mul_(torch.addcmul(sigma, sigma, sigma, value=-1))
-        slope = torch.addcdiv(share, spread, grown, value=factor)
-        torch.mul(g, slope.view(g.shape), out=flat)
-        ds += q.addcmul_(slope, x, value=-1).view(g.shape).mul_(g).sum(1, keepdim=True)
-        if table_grad:
-            torch.mul(g, s, out=q.view(g.shape))
-            sums.add(index, cells, y, x, clamped, inside, grown)
-    if table_grad:
-        sums.write(split_table(dtable))
+    sums = _TableSums(curve) if table_grad else None
+    wide = [_rows(tensor, scale) for tensor in (grad, weight, dweight)]
+    for block in _blocks(*wide, *(tensor.unsqueeze(1) for tensor in (scale, _inverse(scale), dscale))):
+        _backward_block(curve, straight_through, sums, *block)
+    if sums:
+        tail = sums.gradient()
+        dtable[-len(tail) :] = tail
     return dweight, dscale, dtable
+
+
+def _backward_block(
+    curve: _Curve,
+    straight_through: float,
+    sums: _TableSums | None,
+    g: Tensor,
+    w: Tensor,
+    dweight: Tensor,
+    s: Tensor,
+    inverse: Tensor,
+    dscale: Tensor,
+) -> None:
+    """Write ``dweight``, add to ``dscale`` and ``sums``. A function of its own: what it returns from is freed at once,
+    and the next block finds it in the cache."""
+    g, w = g.to(s.dtype).contiguous(), w.to(s.dtype).contiguous()
+    at = curve.at(torch.addcmul(w - w, w, inverse).view(-1))  # NaN where w is not finite
+    left, jump, sigma = at.cells.unbind()
+    q = left.addcmul_(jump, sigma)
+    spread = jump.mul_(torch.addcmul(sigma, sigma, sigma, value=-1))
+    factor = (1 - straight_through) * curve.k * curve.mu / curve.log
+    slope = torch.addcdiv(_number(straight_through, s.dtype), spread, at.grown, value=factor)
+    torch.mul(g, slope.view(g.shape), out=dweight)
+    dscale += q.addcmul_(slope, at.inner, value=-1).view(g.shape).mul_(g).sum(1, keepdim=True)
+    if sums:
+        torch.mul(g, s, out=q.view(g.shape))
+        sums.add(at)  # whose cells are now G, J sigma (1 - sigma), sigma
 
 
 class _TableSums:
@@ -220,37 +253,36 @@ class _TableSums:
         self.cells = torch.zeros_like(curve.cells, dtype=torch.float64)
         self.y = self.inside = self.outside = self.mu = 0.0
 
-    def add(
-        self, index: Tensor, cells: Tensor, y: Tensor, x: Tensor, clamped: Tensor, inside: Tensor, grown: Tensor
-    ) -> None:
-        """Add a block, which is overwritten. ``cells``: (G, J sigma (1 - sigma), sigma); ``x``: 0 where clamped."""
-        cells[1:].mul_(cells[0])
-        self.cells += cells.new_zeros(self.cells.shape).scatter_add_(1, index.long().expand(3, -1), cells)
-        through = cells[1]
-        self.y += _dot(through, y)
-        self.inside += _dot(through, inside)
-        self.outside += _dot(through, clamped.sub_(x))
-        self.mu += _dot(through, self.series(x) if self.curve.mu < SMALL_MU else x.div_(grown))
+    def add(self, at: _Point) -> None:
+        """Add a block with the cells (G, J sigma (1 - sigma), sigma), which are overwritten."""
+        at.cells[1:].mul_(at.cells[0])
+        index = at.index.long().expand(3, -1)
+        self.cells += at.cells.new_zeros(self.cells.shape).scatter_add_(1, index, at.cells)
+        through = at.cells[1]
+        self.y += _dot(through, at.y)
+        self.inside += _dot(through, at.inside)
+        self.outside += _dot(through, at.clamped.sub_(at.inner))
+        self.mu += _dot(through, self.series(at.inner) if self.curve.mu < SMALL_MU else at.inner.div_(at.grown))
 
     def series(self, x: Tensor) -> Tensor:
         """dF/dmu for a small mu."""
         size = x.abs()
         return x * (1 - size) * (0.5 - self.curve.mu / 6 * (1 + 4 * size))
 
-    def write(self, gradient: Table) -> None:
+    def gradient(self) -> Tensor:
+        """The end of the table's gradient: A, J, o, curve; float64."""
         curve = self.curve
         cell = curve.find.counts.long().expand(3, -1)
-        left, offset, jump = self.cells.new_zeros(3, gradient.left.numel()).scatter_add_(1, cell, self.cells)
-        gradient.left.copy_(left)
-        gradient.jump.copy_(jump)
-        gradient.offset.copy_(offset)
+        left, offset, jump = self.cells.new_zeros(3, curve.levels - 1).scatter_add_(1, cell, self.cells).unbind()
         clamped = offset.sum().item() - self.inside
         above = (self.outside - curve.low * clamped) / (curve.high - curve.low)
         below = clamped - above
-        inner_y = self.y - below * curve.y_low - above * curve.y_high
-        dmu = self.mu if curve.mu < SMALL_MU else (self.mu - inner_y / (curve.log * (1 + curve.mu))) / curve.log
+        dmu = self.mu
+        if curve.mu >= SMALL_MU:
+            inner_y = self.y - below * curve.y_low - above * curve.y_high
+            dmu = (dmu - inner_y / (curve.log * (1 + curve.mu))) / curve.log
         ends = [self.y / curve.log, curve.k * dmu, curve.k * below, curve.k * above]
-        gradient.curve.copy_(torch.tensor(ends, dtype=torch.float64, device="cpu"))
+        return torch.cat([left, jump, offset, left.new_tensor(ends)])
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
