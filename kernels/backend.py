@@ -24,9 +24,11 @@ __all__ = ["INTERPRETED", "bound", "cdiv", "jit", "launching", "next_power_of_2"
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
 
 
-def jit(kernel: Any) -> Any:
-    """`triton.jit` where there is triton; otherwise the function as it is, never to be called."""
-    return kernel if triton is None else triton.jit(kernel)
+def jit(kernel: Any = None, **options: Any) -> Any:
+    """`triton.jit`, with its options, where there is triton; otherwise the function as it is, never to be called."""
+    if triton is not None:
+        return triton.jit(kernel, **options)
+    return (lambda function: function) if kernel is None else kernel
 
 
 if INTERPRETED:

@@ -159,34 +159,37 @@ def _soft(x, table, lookup, k, mu, inverse_log, low, high, BITS: tl.constexpr):
 
 
 @jit
-def _lookup_kernel(tables, lookups, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _borders_before(bin, borders, mu, count, kind, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """How many borders, moved by SHIFT bins, lie in bins before each of ``bin``: bisection."""
+    below = tl.zeros(bin.shape, tl.int32)
+    for step in tl.static_range(BITS):
+        half = 1 << (BITS - 1 - step)
+        index = below + (half - 1)
+        border = tl.load(borders + index, mask=index < count, other=float("inf"))
+        y = border if kind == 1 else _roughly_companded(border, mu)
+        before = (index < count) & (_bin(y + SHIFT / (2 << BITS), BITS) < bin)
+        below += tl.where(before, half, 0)
+    return below
+
+
+@jit
+def _lookup_kernel(tables, lookups, BITS: tl.constexpr):
     """For a weight's thresholds, or its edges: how many surely lie below each bin, and the bisection steps left then.
 
     The margin, 1/16 of a bin, is far above the rounding of weight / scale and of y.
     """
     LEVELS: tl.constexpr = 1 << BITS
-    MARGIN: tl.constexpr = 1.0 / (32 << BITS)
     member, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
     table, lookup = tables + member * (6 * LEVELS), lookups + (member * 2 + kind) * (4 * LEVELS + 16)
-    index, count = tl.arange(0, LEVELS)[None, :], LEVELS - 1 - kind
-    known = index < count
-    border = tl.load(table + kind * (2 * LEVELS - 1) + index, mask=known, other=float("inf"))
-    mu = tl.load(table + (6 * LEVELS - 3))
-    y = tl.where(kind == 1, border, _roughly_companded(border, mu))
-    lowest, highest = _bin(y - MARGIN, BITS), _bin(y + MARGIN, BITS)
-    window = 0
-    for start in tl.static_range(0, 4 * LEVELS, BLOCK):
-        bin = start + tl.arange(0, BLOCK)[:, None]
-        within = ((lowest <= bin) & (highest >= bin) & known).to(tl.int32)
-        window = tl.maximum(window, tl.max(tl.sum(within, axis=1), axis=0))
-    steps = 0
+    borders, count, mu = table + kind * (2 * LEVELS - 1), LEVELS - 1 - kind, tl.load(table + (6 * LEVELS - 3))
+    bin = tl.arange(0, 4 * LEVELS)
+    surely = _borders_before(bin, borders, mu, count, kind, 1 / 16, BITS)
+    possibly = _borders_before(bin + 1, borders, mu, count, kind, -1 / 16, BITS)
+    window, steps = tl.max(possibly - surely, axis=0), 0
     for bit in tl.static_range(BITS):
         steps += tl.where(window >= (1 << bit), 1, 0)
     last = tl.maximum(count + 1 - (1 << steps), 0)  # from a later start the bisection would leave the borders
-    for start in tl.static_range(0, 4 * LEVELS, BLOCK):
-        bin = start + tl.arange(0, BLOCK)[:, None]
-        below = tl.sum(((highest < bin) & known).to(tl.int32), axis=1)
-        tl.store(lookup + start + tl.arange(0, BLOCK), tl.minimum(below, last).to(tl.uint8))
+    tl.store(lookup + bin, tl.minimum(surely, last).to(tl.uint8))
     tl.store(lookup + 4 * LEVELS, steps.to(tl.uint8))
 
 
@@ -262,24 +265,27 @@ def _one_hot(digit, identity, SIZE: tl.constexpr):
 
 
 @jit
-def _no_cell_sums(N: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr):
+def _no_cell_sums(N: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, HALVES: tl.constexpr):
     """What `_add_cell_sums` begins with, for tiles of N weights."""
     if BITS == 1:
         sums = (tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32))
     elif BITS <= 5:
-        sums = (tl.zeros((SIZE, 8), tl.float32),)
+        sums = (tl.zeros((SIZE, HALVES), tl.float32),)
     else:
         sums = (tl.zeros((16, 16), tl.float32), tl.zeros((16, 16), tl.float32), tl.zeros((16, 16), tl.float32))
     return sums
 
 
 @jit
-def _add_cell_sums(sums, cell, mass, moved, through, identity, BITS: tl.constexpr, SIZE: tl.constexpr):
+def _add_cell_sums(
+    sums, cell, mass, moved, through, identity, BITS: tl.constexpr, SIZE: tl.constexpr, HALVES: tl.constexpr
+):
     """Add to ``sums`` those of mass, moved and through (n,) over each cell: products with one-hot matrices on tensor
     cores.  Both halves of a number meet exact ones and zeros there and are added in float32.
 
-    With 1 bit there is one cell.  Up to 5 bits: one (SIZE, n) one-hot matrix times an (n, 8) matrix of the three
-    numbers' halves.  Above, the cell has two base-16 digits, and each number scales the one-hot matrix of the higher.
+    With 1 bit there is one cell.  Up to 5 bits: one (SIZE, n) one-hot matrix times an (n, HALVES) matrix of the
+    three numbers' halves and zeros.  Above, the cell has two base-16 digits, and each number scales the one-hot matrix
+    of the higher.
     """
     TYPE: tl.constexpr = identity.dtype.element_ty
     if BITS == 1:
@@ -292,6 +298,8 @@ def _add_cell_sums(sums, cell, mass, moved, through, identity, BITS: tl.constexp
         high = tl.join(tl.join(a, c), tl.join(b, zero))
         low = tl.join(tl.join(a_rest, c_rest), tl.join(b_rest, zero))
         values = tl.reshape(tl.join(high, low), (cell.shape[0], 8))
+        if HALVES == 16:
+            values = tl.reshape(tl.join(values, tl.zeros(values.shape, TYPE)), (cell.shape[0], 16))
         updated = (tl.dot(_one_hot(cell, identity, SIZE), values, sums[0], input_precision="ieee"),)
     else:
         ones, high = tl.trans(_one_hot(cell % 16, identity, SIZE)), _one_hot(cell // 16, identity, SIZE)
@@ -304,7 +312,7 @@ def _add_cell_sums(sums, cell, mass, moved, through, identity, BITS: tl.constexp
 
 
 @jit
-def _store_cell_sums(start, sums, BITS: tl.constexpr, SIZE: tl.constexpr):
+def _store_cell_sums(start, sums, BITS: tl.constexpr, SIZE: tl.constexpr, HALVES: tl.constexpr):
     """Write what `_add_cell_sums` added up as the gradients of A, J and o, in the table's order."""
     CELLS: tl.constexpr = (1 << BITS) - 1
     if BITS == 1:
@@ -312,7 +320,7 @@ def _store_cell_sums(start, sums, BITS: tl.constexpr, SIZE: tl.constexpr):
             tl.store(start + number, tl.sum(sums[number]))
     elif BITS <= 5:
         cell, number = tl.arange(0, SIZE)[:, None], tl.arange(0, 4)[None, :]
-        both = tl.sum(tl.reshape(sums[0], (SIZE, 4, 2)), axis=2)
+        both = tl.sum(tl.reshape(sums[0], (SIZE, 4, HALVES // 4)), axis=2)
         tl.store(start + number * CELLS + cell, both, mask=(number < 3) & (cell < CELLS))
     else:
         cell = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -350,6 +358,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SIZE: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
     LEVELS: tl.constexpr = 1 << BITS
     chunk, member, top, bottom, begin, end = _chunk(plan, ALIGN)
@@ -363,7 +372,7 @@ def _backward_kernel(
     zeros = tl.zeros((ROWS, COLS), tl.float32)
     inner_y, inner_mu, below, above = zeros, zeros, zeros, zeros
     N: tl.constexpr = ROWS * COLS
-    sums = _no_cell_sums(N, BITS, SIZE)
+    sums = _no_cell_sums(N, BITS, SIZE, HALVES)
     for row_start in tl.range(bound(top), bound(bottom), ROWS, num_stages=1):
         row = row_start + tl.arange(0, ROWS)[:, None]
         s = _scales(plan, scale, chunk, row, row < bottom)
@@ -391,12 +400,12 @@ def _backward_kernel(
                 above += tl.where(x > clamped, through, 0.0)
                 cell, mass = tl.reshape(cell, (N,)), tl.reshape(g, (N,))
                 moved, through = mass * tl.reshape(sigma, (N,)), tl.reshape(through, (N,))
-                sums = _add_cell_sums(sums, cell, mass, moved, through, identity, BITS, SIZE)
+                sums = _add_cell_sums(sums, cell, mass, moved, through, identity, BITS, SIZE, HALVES)
         index = row_start + tl.arange(0, ROWS)
         tl.store(dscale + index, tl.sum(total, axis=1), mask=index < bottom)
     if TABLE_GRAD:
         start = dtables + chunk * (3 * LEVELS + 1)
-        _store_cell_sums(start, sums, BITS, SIZE)
+        _store_cell_sums(start, sums, BITS, SIZE, HALVES)
         low_sum, high_sum = tl.sum(below), tl.sum(above)
         low_y, high_y = tl.load(table + (6 * LEVELS - 2)), tl.load(table + (6 * LEVELS - 1))
         curve = start + (3 * LEVELS - 3)
@@ -437,6 +446,7 @@ class Tile(NamedTuple):
 FORWARD = Tile(8, 128, 4096, 4)
 BACKWARD = Tile(8, 128, 8192, 4)
 SUM = (64, 32)  # partial sums that a program of `_sum_kernel` holds at a time: how many, and of how many columns
+HALVES = 8 if torch.version.hip is None else 16  # columns of the matrix of halves; AMD multiplies no narrower ones
 ALIGN = 8  # weights: rows of a multiple of it are read 16 bytes at a time, whatever the dtype
 
 
@@ -585,7 +595,7 @@ def _lookups(tables: Tensor) -> Tensor:
     bits = _bits(tables)
     lookups = torch.empty(len(tables), 2, (4 << bits) + 16, dtype=torch.uint8, device=tables.device)
     if bits > 2:  # with fewer borders nothing is looked up
-        _lookup_kernel[(len(tables), 2)](tables, lookups, bits, min(64, 4 << bits))
+        _lookup_kernel[(len(tables), 2)](tables, lookups, bits)
     return lookups
 
 
@@ -609,7 +619,9 @@ def forward(
         for chunks, align in ((plan.chunks[: plan.aligned], ALIGN), (plan.chunks[plan.aligned :], 1)):
             if len(chunks):
                 options = soft, bits, *types, align, FORWARD.rows, FORWARD.columns
-                _forward_kernel[(len(chunks),)](addresses, chunks, *tensors, *options, num_warps=FORWARD.warps)
+                _forward_kernel[(len(chunks),)](
+                    addresses, chunks, *tensors, *options, num_warps=FORWARD.warps, enable_fp_fusion=True
+                )
     return results
 
 
@@ -644,9 +656,9 @@ def backward(
         addresses = _addresses(matrices, scale.device)
         for part, align in ((slice(plan.aligned), ALIGN), (slice(plan.aligned, None), 1)):
             if chunks := len(plan.chunks[part]):
-                options = straight_through, table_grad, bits, *types, align, tile.rows, tile.columns, size
+                options = straight_through, table_grad, bits, *types, align, tile.rows, tile.columns, size, HALVES
                 arguments = addresses, plan.chunks[part], *tensors, table_sums[part], *options
-                _backward_kernel[(chunks,)](*arguments, num_warps=tile.warps)
+                _backward_kernel[(chunks,)](*arguments, num_warps=tile.warps, enable_fp_fusion=True)
         _sum(scale_sums, plan.scale_segments, dscale, max(map(len, weights)))
         if table_grad:
             _sum(table_sums, plan.table_segments, dtables, tail)

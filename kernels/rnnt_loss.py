@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["rnnt_loss"]
 
+NEGLIGIBLE = 2.0**-64  # of the 1 that the posteriors of each frame's blanks add up to
+
 
 def rnnt_loss(
     logits: Tensor,
@@ -51,24 +53,24 @@ def rnnt_loss(
     Raises:
         ValueError: on inconsistent shapes or an unknown reduction; on CPU also on lengths or labels out of range.
     """
-    _validate(logits, targets, logit_lengths, target_lengths, blank, reduction)
-    logit_lengths, target_lengths = logit_lengths.to(logits.device), target_lengths.to(logits.device)
-    losses = _RNNTLoss.apply(logits, targets.to(logits.device), logit_lengths, target_lengths, blank)
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
-
-
-def _validate(logits, targets, logit_lengths, target_lengths, blank, reduction) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'sum', 'none'")
     if logits.ndim != 4 or not logits.is_floating_point():
         raise ValueError(
             f"logits is {logits.dtype} {tuple(logits.shape)}; a floating (B, T, U + 1, V) tensor is needed"
         )
-    batch, frames, rows, vocabulary = logits.shape
+    check_labels(logits.shape, targets, logit_lengths, target_lengths, blank)
+    device = logits.device
+    losses = _RNNTLoss.apply(logits, targets.to(device), logit_lengths.to(device), target_lengths.to(device), blank)
+    return reduce(losses, reduction)
+
+
+def check_labels(
+    shape: tuple[int, ...], targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor, blank: int
+) -> None:
+    """Refuse what does not go with logits of ``shape`` (B, T, U + 1, V); values are checked on the CPU only, where
+    reading them costs no synchronisation, and not while compiling."""
+    batch, frames, rows, vocabulary = shape
     if targets.shape != (batch, rows - 1):
-        raise ValueError(f"targets is {tuple(targets.shape)}; logits {tuple(logits.shape)} need {(batch, rows - 1)}")
+        raise ValueError(f"targets is {tuple(targets.shape)}; logits {tuple(shape)} need {(batch, rows - 1)}")
     if not 0 <= blank < vocabulary:
         raise ValueError(f"blank is {blank}; allowed: 0..{vocabulary - 1}")
     for name, lengths in (("logit_lengths", logit_lengths), ("target_lengths", target_lengths)):
@@ -76,18 +78,25 @@ def _validate(logits, targets, logit_lengths, target_lengths, blank, reduction) 
             raise ValueError(
                 f"{name} is {lengths.dtype} {tuple(lengths.shape)}; an integer ({batch},) tensor is needed"
             )
-    # Values are checked where reading them costs no device synchronisation.
     _check_range("logit_lengths", logit_lengths, 1, frames)
     _check_range("target_lengths", target_lengths, 0, rows - 1)
     _check_range("targets", targets, 0, vocabulary - 1)
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    if values.device.type != "cpu" or values.numel() == 0:
+    if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
         return
     smallest, largest = int(values.min()), int(values.max())
     if smallest < low or largest > high:
         raise ValueError(f"{name} holds values in {smallest}..{largest}; allowed: {low}..{high}")
+
+
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    """The ``(B,)`` losses as ``reduction`` ("mean", "sum" or "none") says."""
+    reductions = {"mean": torch.mean, "sum": torch.sum, "none": lambda each: each}
+    if reduction not in reductions:
+        raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'sum', 'none'")
+    return reductions[reduction](losses)
 
 
 class _RNNTLoss(torch.autograd.Function):
@@ -99,46 +108,71 @@ class _RNNTLoss(torch.autograd.Function):
         normalizer = wide.logsumexp(-1)
         labels = torch.cat([targets, targets.new_full((targets.shape[0], 1), blank)], 1)[:, None, :, None]
         labels = labels.expand(*logits.shape[:3], 1)
-        blank_edge, label_edge = _masked_edges(
+        edges = mask_edges(
             wide[..., blank] - normalizer,
             wide.gather(-1, labels)[..., 0] - normalizer,
             logit_lengths,
             target_lengths,
         )
-        beta = _backward_sums(_skew(blank_edge), _skew(label_edge), logit_lengths, target_lengths)
-        ctx.save_for_backward(logits, normalizer, labels, blank_edge, label_edge, beta)
+        sums = lattice_sums(*edges, logit_lengths, target_lengths)
+        ctx.save_for_backward(logits, normalizer, labels, *edges, *sums, logit_lengths, target_lengths)
         ctx.blank = blank
-        return -beta[0, :, 0]
+        return -sums[1][:, 0, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
-        logits, normalizer, labels, blank_edge, label_edge, beta = ctx.saved_tensors
-        frames = logits.shape[1]
-        blank_skew, label_skew = _skew(blank_edge), _skew(label_edge)
-        alpha = _forward_sums(blank_skew, label_skew)
-        nothing = torch.full_like(beta[0, :, :1], -torch.inf)
-        arrival = alpha - beta[0, :, :1]
-        next_label = torch.cat([beta[1:, :, 1:], nothing.expand(beta.shape[0] - 1, -1, 1)], 2)
-        through_blank = _unskew((arrival + blank_skew + beta[1:]).exp(), frames) * grad_losses[:, None, None]
-        through_label = _unskew((arrival + label_skew + next_label).exp(), frames) * grad_losses[:, None, None]
+        logits, normalizer, labels, *lattice = ctx.saved_tensors
+        through_blank, through_label = (p * grad_losses[:, None, None] for p in posteriors(*lattice))
         grad = (logits - normalizer[..., None]).exp_().mul_((through_blank + through_label)[..., None])
         grad[..., ctx.blank] -= through_blank
         grad.scatter_add_(-1, labels, -through_label[..., None].to(grad.dtype))
         return grad.to(logits.dtype), None, None, None, None
 
 
-def _masked_edges(blank_edge, label_edge, logit_lengths, target_lengths):
+# --- lattice: (B, T, U + 1) by frame ----------------------------------------------------------------------------------
+
+
+def mask_edges(
+    blank_edge: Tensor, label_edge: Tensor, logit_lengths: Tensor, target_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the two edges of every node, -inf where the edge leaves the utterance's own lattice."""
     _, frames, rows = blank_edge.shape
     t = torch.arange(frames, device=blank_edge.device)[None, :, None]
     u = torch.arange(rows, device=blank_edge.device)[None, None, :]
     length, labels = logit_lengths[:, None, None], target_lengths[:, None, None]
     inside = (t < length) & (u <= labels)
-    too_early = (t == length - 1) & (u < labels)
-    blank_edge = blank_edge.masked_fill(~inside | too_early, -torch.inf)
-    label_edge = label_edge.masked_fill(~inside | (u == labels), -torch.inf)
-    return blank_edge, label_edge
+    return blank_edge.masked_fill(~inside, -torch.inf), label_edge.masked_fill(~inside | (u == labels), -torch.inf)
+
+
+def lattice_sums(
+    blank_edge: Tensor, label_edge: Tensor, logit_lengths: Tensor, target_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(alpha, beta) of every node, -inf outside of the utterances; the losses are ``-beta[:, 0, 0]``."""
+    frames = blank_edge.shape[1]
+    blank_skew, label_skew = _skew(blank_edge), _skew(label_edge)
+    alpha = _forward_sums(blank_skew, label_skew)
+    beta = _backward_sums(blank_skew, label_skew, logit_lengths, target_lengths)
+    return _unskew(alpha, frames), _unskew(beta, frames)
+
+
+def posteriors(
+    blank_edge: Tensor, label_edge: Tensor, alpha: Tensor, beta: Tensor, logit_lengths: Tensor, target_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Probability, given the targets, that the alignment takes each node's blank edge and its label edge.
+
+    Negligible ones are 0: no sum would notice them, and denormal numbers would slow down whatever is done with them.
+    """
+    pad, threshold = torch.nn.functional.pad, torch.nn.functional.threshold
+    after_blank = pad(beta[:, 1:], (0, 0, 0, 1), value=-torch.inf)
+    after_blank[torch.arange(len(beta), device=beta.device), logit_lengths - 1, target_lengths] = 0
+    after_label = pad(beta[:, :, 1:], (0, 1), value=-torch.inf)
+    arrival = alpha - beta[:, :1, :1]
+    through_blank, through_label = (
+        (arrival + blank_edge + after_blank).exp(),
+        (arrival + label_edge + after_label).exp(),
+    )
+    return threshold(through_blank, NEGLIGIBLE, 0.0), threshold(through_label, NEGLIGIBLE, 0.0)
 
 
 def _skew(edges: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`gq-triton info`: what this installation is and what it finds."""
+"""`gq-triton info`: what this installation is and finds, and what its kernels cost on GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from tqdm import tqdm
 
 import gq_triton
+from gq_triton.kernels import budgets
+from gq_triton.kernels.parts import LATENCY, PARTS
 from gq_triton.training.distributed import training_device
 
-from .output import emit, json_option
+from .output import emit, json_option, table
 
 __all__ = ["commit", "device_name", "info", "versions"]
 
@@ -29,16 +33,65 @@ PACKAGES = (
     "matplotlib",
     "tensorboard",
 )
+HEADER = ["kernel", "bits", "dtype", "part", "registers", "shared", "warps"]
+HEADER += ["bytes", "instructions", "unit", "share", "flight", "budget"]
+LEGEND = f"""\
+registers     of a lane; where the budget is kept, none is spilled
+shared        bytes of shared memory of a block
+warps         resident on a multiprocessor (NVIDIA) or compute unit (AMD) at once
+bytes         of device memory per weight, as counted on paper
+instructions  of a lane per weight
+unit, share   the busiest unit: its time for a weight over that of the weight's bytes at full bandwidth; below 1, memory
+              is the limit
+flight        bytes that resident programs ask for at once, over bandwidth x {LATENCY * 1e6:g} us of latency
+budget        whether it is kept, or what breaks it
+Read off the machine code; nothing here was measured on a GPU. The columns from bytes to flight are for kernels whose
+work goes by weights. --json has the instructions by kind and the share of every unit."""
 
 
 @click.command()
+@click.option("--kernels", is_flag=True, help="compile every kernel ahead of time and print what it costs on each part")
+@click.option("--bits", type=click.IntRange(1, 8), multiple=True, help="with --kernels; repeatable  [default: 4]")
+@click.option(
+    "--dtypes",
+    type=click.Choice(list(budgets.DTYPES)),
+    multiple=True,
+    help="with --kernels; repeatable  [default: bf16]",
+)
+@click.option(
+    "--parts", type=click.Choice(list(PARTS)), multiple=True, help="with --kernels; repeatable  [default: all]"
+)
 @json_option
-def info(as_json: bool) -> None:
-    """Versions, the device that commands use, and optional packages."""
+def info(kernels: bool, bits: tuple[int, ...], dtypes: tuple[str, ...], parts: tuple[str, ...], as_json: bool) -> None:
+    """Versions, the device that commands use, and optional packages; or the kernels and what they cost."""
+    if kernels:
+        rows = _measure_kernels(bits or (4,), dtypes or ("bf16",), parts or tuple(PARTS))
+        emit(rows, f"{table(HEADER, [_kernel_cells(row) for row in rows])}\n\n{LEGEND}", as_json)
+        return
+    if bits or dtypes or parts:
+        raise click.UsageError("--bits, --dtypes and --parts go with --kernels")
     result = {"device": device_name(), "versions": versions(), "commit": commit()}
     lines = [f"device       {result['device']}", f"commit       {result['commit'] or 'not a checkout'}"]
     lines += [f"{name:<16} {version or 'not installed'}" for name, version in result["versions"].items()]
     emit(result, "\n".join(lines), as_json)
+
+
+def _measure_kernels(bits: tuple[int, ...], dtypes: tuple[str, ...], parts: tuple[str, ...]) -> list[dict[str, Any]]:
+    jobs = [(variant, part) for variant in budgets.variants(bits, dtypes) for part in parts]
+    return [budgets.measure(*job) for job in tqdm(jobs, desc="compiling", unit="kernel", leave=False)]
+
+
+def _kernel_cells(row: dict[str, Any]) -> list[str]:
+    """The row of `budgets.measure` under `HEADER`."""
+    shares = row["shares"]
+    unit = max(shares, key=shares.get, default="")
+    numbers = [row["bytes"], row["instructions"], unit, shares.get(unit), row["in_flight"]] if shares else [None] * 5
+    cells = [row[key] for key in ("name", "bits", "dtype", "part", "registers", "shared", "resident")]
+    return [_cell(cell) for cell in [*cells, *numbers, "; ".join(row["broken"]) or "kept"]]
+
+
+def _cell(value: str | float | None) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,71 @@
+"""`gq-triton info --kernels`; what it finds is tested in `tests/kernels/test_budgets.py`."""
+
+import pytest
+
+from gq_triton.cli import info
+from gq_triton.kernels import aot, budgets
+
+ROW = {
+    "bits": 4,
+    "dtype": "bf16",
+    "name": "forward",
+    "part": "sm_90",
+    "registers": 32,
+    "shared": 0,
+    "resident": 64,
+    "bytes": 4.0,
+    "instructions": 34.5,
+    "shares": {"issue": 0.97, "integer": 1.07},
+    "in_flight": 1.29,
+    "broken": [],
+}
+RESOURCES = {**ROW, "bits": None, "dtype": None, "name": "tables", "shares": {}, "broken": ["spills 8", "float64"]}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The arguments of what is measured; nothing is compiled."""
+    asked = []
+    monkeypatch.setattr(budgets, "variants", lambda bits, dtypes: [(bits, dtypes)])
+    monkeypatch.setattr(
+        budgets, "measure", lambda variant, part: asked.append((*variant, part)) or {**ROW, "part": part}
+    )
+    return asked
+
+
+def test_cells():
+    assert len(info.HEADER) == len(info._kernel_cells(ROW)) == len(info._kernel_cells(RESOURCES))
+    expected = "forward 4 bf16 sm_90 32 0 64 4.00 34.50 integer 1.07 1.29 kept"
+    assert " ".join(info._kernel_cells(ROW)) == expected
+    expected = ["tables", "", "", "sm_90", "32", "0", "64", "", "", "", "", "", "spills 8; float64"]
+    assert info._kernel_cells(RESOURCES) == expected
+
+
+def test_defaults(gq_triton, measured):
+    text = gq_triton.succeeds("info", "--kernels")
+    assert measured == [((4,), ("bf16",), part) for part in ("sm_80", "sm_90", "sm_100", "gfx942")]
+    lines = text.splitlines()
+    assert lines[0].split() == info.HEADER
+    assert lines[3].split() == info._kernel_cells(ROW)
+    assert "nothing here was measured on a GPU" in text
+
+
+def test_options(gq_triton, measured):
+    options = ("--bits", 1, "--bits", 8, "--dtypes", "fp32", "--dtypes", "fp16", "--parts", "gfx942")
+    rows = gq_triton.json("info", "--kernels", *options)
+    assert measured == [((1, 8), ("fp32", "fp16"), "gfx942")]
+    assert rows == [{**ROW, "part": "gfx942"}]
+
+
+@pytest.mark.parametrize("option", [("--bits", 9), ("--dtypes", "fp64"), ("--parts", "sm_70")])
+def test_what_there_is_not(gq_triton, option):
+    assert f"Invalid value for '{option[0]}'" in gq_triton.fails("info", "--kernels", *option)
+
+
+def test_options_of_the_kernels_alone(gq_triton):
+    assert "go with --kernels" in gq_triton.fails("info", "--bits", 4)
+
+
+def test_without_triton(gq_triton, monkeypatch):
+    monkeypatch.setattr(aot, "triton", None)
+    assert "pip install 'gq-triton[triton]'" in gq_triton.fails("info", "--kernels")
