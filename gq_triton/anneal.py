@@ -1,4 +1,4 @@
-"""Annealing of the soft assignment, and optimizer groups for prepared models."""
+"""Annealing of the soft assignment, the steps that train centroids, and optimizer groups for prepared models."""
 
 import math
 from typing import Any
@@ -14,6 +14,8 @@ class Annealer:
     The paper (arXiv 2210.09188) anneals its softmax until it is hard; it does not give the schedule: this one is ours.
     Hardness is a softmax's sharpness in units of the mean centroid spacing: half way between two centroids the
     assignment turns from one to the other within about 2 / hardness spacings.
+
+    It also says which steps give centroids and mu a gradient: every n-th, by ``GQConfig.centroid_interval``.
 
     Args:
         model: a prepared model. Its hardness is set to ``start`` at once.
@@ -61,6 +63,7 @@ class Annealer:
     def _apply(self) -> None:
         for quantizer in self._quantizers:
             quantizer.hardness.fill_(self.hardness)
+            quantizer.learn_tables = self.steps % quantizer.config.centroid_interval == 0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the schedule and the position in it, JSON-able."""

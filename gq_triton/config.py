@@ -54,6 +54,9 @@ class GQConfig:
             weights keep moving when the assignment is nearly hard. Default 0.1.
         requantize_every: in training, quantize afresh at every n-th update of the weight and reuse the result, with a
             straight-through gradient, in between. Default 1: at every forward pass.
+        centroid_interval: centroids and mu get their gradient, which costs about as much again as the weights',
+            at every n-th step, as :class:`gq_triton.Annealer` counts them, and zeros in between. Default 1: at every
+            step, as without an annealer.
 
     Raises:
         ValueError: for a value outside of what is listed above.
@@ -69,6 +72,7 @@ class GQConfig:
     activations: ActivationDtype | None = None
     straight_through: float = 0.1
     requantize_every: int = 1
+    centroid_interval: int = 1
 
     def __post_init__(self) -> None:
         _check_integer("bits", self.bits, 1, 8)
@@ -84,6 +88,7 @@ class GQConfig:
         _check_choice("activations", self.activations, (None, "int8", "fp8"))
         _check_number("straight_through", self.straight_through, 0.0, 1.0)
         _check_integer("requantize_every", self.requantize_every, 1, math.inf)
+        _check_integer("centroid_interval", self.centroid_interval, 1, math.inf)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON-able values, the inverse of :meth:`from_dict`."""

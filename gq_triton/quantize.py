@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gq_triton.config import GQConfig
+from gq_triton.grouping import regroup
 from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, family_of, twins_of
 from gq_triton.quantizer import WeightQuantizer, warn_of_bypassed
 
@@ -27,6 +28,9 @@ def quantize_(
     ``step="prepare"`` makes them quantization-aware: they train their float weights, and each quantized weight gets a
     :class:`WeightQuantizer`, fitted to it. ``step="convert"`` replaces the float weights of a prepared model by
     packed codes. Preparing and converting without training in between is post-training quantization.
+
+    Modules that hold several quantized weights get forward hooks, which have them quantized together
+    (:mod:`gq_triton.grouping`).
 
     A layer keeps its identity and changes its class, so a lone layer may be passed as the model too. But pass the whole
     model: only then are the modules seen that share a weight or read another module's.
@@ -64,6 +68,7 @@ def quantize_(
     else:
         raise ValueError(f"step must be 'prepare' or 'convert'; got {step!r}")
     disable_fused_paths(model)
+    regroup(model)
     return model
 
 

@@ -15,7 +15,7 @@ derive the same codebook and scales.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class WeightQuantizer(FixedDtypeModule):
         centroid_logits: parameter (buffer where centroids are fixed), (2**bits - 1,), float32.
         log_mu: parameter, (1,), float32, where mu is learned; else ``mu`` is a buffer, (1,).
         hardness: buffer, (), float32, set by :class:`gq_triton.Annealer`.
+        learn_tables: whether training forward passes give centroids and mu a gradient, or zeros; set by
+            :class:`gq_triton.Annealer` where ``config.centroid_interval`` asks for it.
         trained: whether a training forward pass ran; tells apart weights that are read behind the quantizer's back.
     """
 
@@ -81,6 +83,7 @@ class WeightQuantizer(FixedDtypeModule):
         mu = torch.full((1,), 1.0 if config.mu is None else float(config.mu), device=device)
         self._register("log_mu" if config.learn_mu else "mu", mu.log() if config.learn_mu else mu, config.learn_mu)
         self.register_buffer("hardness", torch.tensor(INITIAL_HARDNESS, device=device))
+        self.learn_tables = True
         self.trained = False
         self._cache: tuple[Tensor, int, int] | None = None  # quantized weight, weight version, updates since
 
@@ -101,65 +104,61 @@ class WeightQuantizer(FixedDtypeModule):
 
     def scale(self) -> Tensor:
         """Returns the scales, (C,) or (1,), float32, at least 0."""
-        return self.log_scale.double().clamp(max=_MAX_LOG_SCALE).exp().float()
+        return _scale(self.log_scale)
 
     def centroids(self) -> Tensor:
         """Returns the companded centroids, (2**bits,), float32, strictly increasing from exactly -1 to exactly 1."""
-        logits = self.centroid_logits.double()
-        gaps = _GAP_FLOOR / len(logits) + (1.0 - _GAP_FLOOR) * logits.softmax(0)
-        inner = 2.0 * gaps.cumsum(0)[:-1] - 1.0
-        end = inner.new_ones(1)
-        return torch.cat([-end, inner, end]).float()
+        return _centroids(self.centroid_logits)
 
     def companding(self) -> Tensor:
         """Returns mu, (1,), float32, at least 0."""
-        if self.config.learn_mu:
-            return self.log_mu.double().clamp(*_LOG_MU_RANGE).exp().float()
-        return self.mu
+        return _companding([self])
 
     def codebook(self) -> Tensor:
         """Returns the codebook as deployed, (2**bits,), float32 values within [-1, 1]."""
         return F.codebook(self.centroids(), mu=self.companding(), dtype=self.config.codebook)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantizes ``weight``, (C, ...) of a floating dtype; same shape and dtype.
+    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Fake-quantizes ``weight``, (C, ...) of a floating dtype; same shape, ``dtype`` or else the same dtype.
 
         In ``eval`` the result is always the hard one, what :meth:`encode` would deploy. With ``requantize_every=n``, in
         training, n - 1 of n updates of the weight are answered with the last quantized weight and an identity gradient.
         (The remembered weight is not part of the state dict: a resumed run starts with a fresh one.)
         """
-        if not self.training:
-            return self._quantize(weight, "hard")
-        self.trained = True
-        if self.config.requantize_every == 1:
-            return self._quantize(weight, self.config.forward)
-        return self._quantize_periodically(weight)
-
-    def _quantize(self, weight: Tensor, forward: str) -> Tensor:
-        return F.fake_quantize(
-            weight,
-            self.scale(),
-            self.centroids(),
-            mu=self.companding(),
-            hardness=self.hardness,
-            forward=forward,
-            codebook_dtype=self.config.codebook,
-            straight_through=self.config.straight_through,
-        )
+        if self.training and self.config.requantize_every > 1:
+            return self._quantize_periodically(weight)
+        return self.remember(weight, quantize_group([self], [weight], dtype)[0])
 
     @torch.compiler.disable  # what it decides by changes at every step
     def _quantize_periodically(self, weight: Tensor) -> Tensor:
-        value, version, updates = self._cache or (None, -1, self.config.requantize_every)
-        # An optimizer step bumps the version; several forward passes between two steps count once.
-        updates += weight._version != version
-        if value is None or updates in (0, self.config.requantize_every):
-            quantized = self._quantize(weight, self.config.forward)
-            self._cache = (quantized.detach(), weight._version, 0)
-            return quantized
-        self._cache = (value, weight._version, updates)
+        if self.due(weight):
+            return self.remember(weight, quantize_group([self], [weight])[0])
+        assert self._cache is not None
+        self._cache = (self._cache[0], weight._version, self._updates(weight))
         # Zero gradients rather than none for the quantizer's parameters: DDP waits for every parameter.
-        unused = sum(parameter.sum() for parameter in self.parameters()) * 0.0
-        return value + (weight - weight.detach()) + unused.to(weight.dtype)
+        unused = sum(_nothing_of(parameter) for parameter in self.parameters())
+        return self._cache[0] + (weight - weight.detach()) + unused.to(weight.dtype)
+
+    def due(self, weight: Tensor) -> bool:
+        """Whether :meth:`forward` quantizes ``weight`` afresh, rather than reuse what it remembers."""
+        if not self.training or self.config.requantize_every == 1:
+            return True
+        return self._updates(weight) in (0, self.config.requantize_every)
+
+    def _updates(self, weight: Tensor) -> int:
+        """How often the weight was updated since it was quantized."""
+        if self._cache is None:
+            return 0
+        # An optimizer step bumps the version; several forward passes between two steps count once.
+        return self._cache[2] + (weight._version != self._cache[1])
+
+    def remember(self, weight: Tensor, quantized: Tensor) -> Tensor:
+        """Takes note that ``weight`` was quantized afresh, by whomever; returns ``quantized``."""
+        if self.training:
+            self.trained = True
+            if self.config.requantize_every > 1:
+                self._cache = (quantized.detach(), weight._version, 0)
+        return quantized
 
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Tensor:
@@ -242,6 +241,72 @@ class WeightQuantizer(FixedDtypeModule):
 
     def extra_repr(self) -> str:
         return f"bits={self.config.bits}, granularity={self.config.granularity!r}, forward={self.config.forward!r}"
+
+
+def quantize_group(
+    quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Fake-quantizes each weight by its quantizer, all in one operation; the values are those of one by one.
+
+    Args:
+        quantizers: at least one; all of one configuration, mode (training or not) and ``learn_tables``.
+        weights: as many, of one dtype and device.
+        dtype: of the results. Default: the weights'.
+
+    Raises:
+        TypeError: if the quantizers' parameters are not float32 as they were made.
+    """
+    config, training = quantizers[0].config, quantizers[0].training
+    log_scale = torch.cat([quantizer.log_scale for quantizer in quantizers])
+    if log_scale.dtype != torch.float32:
+        raise TypeError(
+            f"quantizers' parameters must be float32; got {log_scale.dtype}. Where FSDP's MixedPrecisionPolicy cast "
+            "them, leave its param_dtype None and train under torch.autocast: the weights are then quantized first"
+        )
+    logits = torch.stack([quantizer.centroid_logits for quantizer in quantizers])
+    scale, mu = _scale(log_scale), _companding(quantizers)
+    learn_tables = quantizers[0].learn_tables
+    if not learn_tables:
+        scale = scale + _nothing_of(logits) + _nothing_of(mu)  # zero gradients rather than none, for DDP
+    return F.fake_quantize_group(
+        weights,
+        scale,
+        _centroids(logits),
+        mu=mu,
+        hardness=torch.stack([quantizer.hardness for quantizer in quantizers]),
+        per_channel=config.granularity == "channel",
+        forward=config.forward if training else "hard",
+        codebook_dtype=config.codebook,
+        straight_through=config.straight_through,
+        learn_tables=learn_tables,
+        dtype=dtype,
+    )
+
+
+def _scale(log_scale: Tensor) -> Tensor:
+    return log_scale.double().clamp(max=_MAX_LOG_SCALE).exp().float()
+
+
+def _centroids(logits: Tensor) -> Tensor:
+    """(..., K - 1) -> (..., K)."""
+    logits = logits.double()
+    gaps = _GAP_FLOOR / logits.shape[-1] + (1.0 - _GAP_FLOOR) * logits.softmax(-1)
+    inner = 2.0 * gaps.cumsum(-1)[..., :-1] - 1.0
+    end = inner.new_ones(*inner.shape[:-1], 1)
+    return torch.cat([-end, inner, end], -1).float()
+
+
+def _companding(quantizers: Sequence[WeightQuantizer]) -> Tensor:
+    """(G,), one mu for each."""
+    if quantizers[0].config.learn_mu:
+        log_mu = torch.cat([quantizer.log_mu for quantizer in quantizers])
+        return log_mu.double().clamp(*_LOG_MU_RANGE).exp().float()
+    return torch.cat([quantizer.mu for quantizer in quantizers])
+
+
+def _nothing_of(tensor: Tensor) -> Tensor:
+    """Returns 0, whatever ``tensor`` holds, with a gradient of zeros for it."""
+    return tensor[:0].sum()
 
 
 def warn_of_bypassed(model: nn.Module) -> None:

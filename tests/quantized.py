@@ -1,8 +1,10 @@
 """Helpers for tests of quantized layers."""
 
 import copy
+from collections import Counter
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gq_triton as gq
 from gq_triton.layers import PackedLayer, QATLayer
@@ -47,3 +49,25 @@ def convert(model):
 
 def same(actual, expected, atol=2e-6, rtol=1e-5):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
+
+
+def ungrouped(model):
+    """A copy of a prepared model that quantizes its weights one by one."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+        module._forward_hooks_always_called.clear()
+    return twin
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations run within, by name, but for views, which compute nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += not func.is_view
+        return func(*args, **(kwargs or {}))

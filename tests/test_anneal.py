@@ -43,6 +43,23 @@ def test_state_goes_through_json_and_sets_the_model():
     assert resumed.state_dict() == annealer.state_dict()
 
 
+def test_tables_learn_at_every_nth_step_also_after_resuming():
+    def learning(model):
+        return [m.learn_tables for m in model.modules() if isinstance(m, gq.WeightQuantizer)]
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    gq.quantize_(model, {"0": gq.GQConfig(centroid_interval=3), "1": gq.GQConfig()})
+    annealer = gq.Annealer(model, 10)
+    seen = [learning(model)]
+    for _ in range(6):
+        annealer.step()
+        seen.append(learning(model))
+    assert seen == [[step % 3 == 0, True] for step in range(7)]
+    annealer.step()
+    gq.Annealer(model, 10).load_state_dict(annealer.state_dict())
+    assert learning(model) == [False, True]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("total_steps", 0), ("total_steps", 2.5), ("start", 0.0), ("start", float("nan")), ("end", -1.0)],

@@ -10,7 +10,8 @@ from gq_triton import GQConfig
 def test_defaults():
     config = GQConfig()
     assert (config.bits, config.mu, config.granularity, config.forward) == (4, None, "channel", "hard")
-    assert (config.codebook, config.activations, config.requantize_every) == ("float", None, 1)
+    assert (config.codebook, config.activations) == ("float", None)
+    assert (config.requantize_every, config.centroid_interval) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,8 @@ def test_defaults():
         ("straight_through", -0.1),
         ("requantize_every", 0),
         ("requantize_every", 1.5),
+        ("centroid_interval", 0),
+        ("centroid_interval", True),
     ],
 )
 def test_bad_values_are_named_with_what_is_allowed(name, value):
@@ -62,6 +65,7 @@ CONFIGS = st.builds(
     activations=st.sampled_from([None, "int8", "fp8"]),
     straight_through=st.floats(0.0, 1.0),
     requantize_every=st.integers(1, 100),
+    centroid_interval=st.integers(1, 100),
 )
 
 

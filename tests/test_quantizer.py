@@ -8,6 +8,7 @@ from torch import nn
 
 from gq_triton import GQConfig, WeightQuantizer
 from gq_triton import functional as F
+from gq_triton.quantizer import quantize_group
 
 WIDTHS = range(1, 9)
 
@@ -226,6 +227,47 @@ def test_gradients_of_scale_and_centroids_match_finite_differences():
             torch.testing.assert_close(
                 parameter.grad[index].double(), (above - below) / (2 * step), rtol=5e-3, atol=5e-3
             )
+
+
+@pytest.mark.parametrize("learn_mu", [False, True])
+@pytest.mark.parametrize("learn_centroids", [False, True])
+def test_gradients_while_tables_do_not_learn(learn_centroids, learn_mu):
+    weight = torch.randn(3, 50, requires_grad=True)
+    quantizer = fitted(weight, learn_mu=learn_mu, learn_centroids=learn_centroids)
+    quantizer(weight).square().sum().backward()
+    expected = weight.grad, quantizer.log_scale.grad
+    weight.grad = quantizer.log_scale.grad = None
+    quantizer.zero_grad()
+    quantizer.learn_tables = False
+    quantizer(weight).square().sum().backward()
+    assert torch.equal(weight.grad, expected[0])
+    assert torch.equal(quantizer.log_scale.grad, expected[1])
+    for name, parameter in quantizer.named_parameters():
+        if name != "log_scale":
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_group_is_its_members_bit_for_bit(bits, granularity):
+    weights = [torch.randn(shape) for shape in ((5, 3), (1, 7), (4, 2, 3), (64, 1))]
+    quantizers = [fitted(weight, bits=bits, granularity=granularity, learn_mu=True) for weight in weights]
+    for quantizer in quantizers:
+        quantizer.hardness.add_(torch.rand(()))
+        for parameter in quantizer.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+    for dtype in (None, torch.bfloat16):
+        values = quantize_group(quantizers, weights, dtype)
+        for quantizer, weight, value in zip(quantizers, weights, values, strict=True):
+            assert torch.equal(value, quantizer(weight).to(value.dtype))
+            assert value.dtype == (dtype or weight.dtype)
+
+
+def test_parameters_of_another_dtype_are_refused():
+    quantizer = WeightQuantizer(GQConfig(), 3)
+    quantizer.log_scale = nn.Parameter(quantizer.log_scale.bfloat16())
+    with pytest.raises(TypeError, match="must be float32; got torch.bfloat16"):
+        quantizer(torch.randn(3, 2))
 
 
 # --- requantize_every

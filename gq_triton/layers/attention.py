@@ -107,6 +107,8 @@ class _Attention(QuantizableLayer):
 class QATMultiheadAttention(_Attention, QATLayer, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` that computes with quantized projections."""
 
+    autocasts = True
+
     def _projections(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         names = self.weight_names(self)
         weights = [self.quantized(name) for name in names]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from gq_triton import functional as F
+from gq_triton import grouping
 from gq_triton.layers.packed_weight import PackedWeight
 from gq_triton.quantizer import WeightQuantizer
 
@@ -42,6 +43,8 @@ class QuantizableLayer(nn.Module):
 class QATLayer(QuantizableLayer):
     """A layer in quantization-aware training: float parameters, and a quantizer beside each quantized one."""
 
+    autocasts = False  # whether autocast casts this kind of layer's weights
+
     def attach(self, name: str, quantizer: WeightQuantizer) -> None:
         """Gives weight ``name`` its quantizer."""
         self.add_module(f"{name}_quantizer", quantizer)
@@ -52,9 +55,7 @@ class QATLayer(QuantizableLayer):
 
     def quantized(self, name: str) -> Tensor:
         """Returns weight ``name`` as the layer computes with it."""
-        weight: Tensor = getattr(self, name)
-        quantizer = getattr(self, f"{name}_quantizer", None)
-        return weight if quantizer is None else quantizer(weight)
+        return grouping.quantized(self, name) if f"{name}_quantizer" in self._modules else getattr(self, name)
 
     def quantized_input(self, x: Tensor, name: str) -> Tensor:
         """Returns the input of weight ``name``, fake-quantized over its last dim if the configuration says so."""

@@ -18,6 +18,8 @@ def _channels_last(layer: QATLayer | PackedLayer, input: Tensor, spatial_dims: i
 class QATConv1d(QATLayer, nn.Conv1d):
     """``nn.Conv1d`` that computes with the quantized weight, (out_channels, in_channels / groups, kernel)."""
 
+    autocasts = True
+
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, in_channels, L) or (in_channels, L) to as many outputs as ``nn.Conv1d`` does."""
         return self._conv_forward(_channels_last(self, input, 1), self.quantized("weight"), self.bias)
@@ -33,6 +35,8 @@ class PackedConv1d(PackedLayer, nn.Conv1d):
 
 class QATConv2d(QATLayer, nn.Conv2d):
     """``nn.Conv2d`` that computes with the quantized weight, (out_channels, in_channels / groups, height, width)."""
+
+    autocasts = True
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) or (in_channels, H, W) to as many outputs as ``nn.Conv2d`` does."""

@@ -9,6 +9,8 @@ from gq_triton.layers.base import PackedLayer, QATLayer
 class QATLinear(QATLayer, nn.Linear):
     """``nn.Linear`` that computes with the quantized weight, (out_features, in_features)."""
 
+    autocasts = True
+
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         return linear(self.quantized_input(input, "weight"), self.quantized("weight"), self.bias)

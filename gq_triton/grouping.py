@@ -1,0 +1,266 @@
+"""Quantizes the weights of a model in groups: a model has hundreds of small weights, and launching costs more than
+computing.
+
+While a module with several quantizers is called, a *scope* is open. The first layer in it that asks for its quantized
+weight has a whole group quantized, that layer's weight and those of its neighbours, in one operation; the neighbours
+find theirs ready. When the call returns, all is forgotten. A group holds consecutive weights in module order, at
+most :data:`GROUP_BYTES` of them.
+
+A group is quantized when its first member is needed, not earlier: autograd runs what was recorded last first, so the
+gradients of a group that was quantized ahead of other layers would be held back until those layers have run backward.
+As it is, gradients arrive group by group, in time for DDP to send them while earlier layers still run.
+
+A layer takes what a group made only where quantizing alone, there and then, would give the same value *and* the same
+graph (:meth:`Scope.find`): not after an update, for instance, nor in a checkpointed region, be it in its forward or in
+its recomputation. Modules called in such a region open scopes of their own; so does an FSDP unit, whose weights are
+whole only while it runs. Two things are left to the caller: weights that are changed through ``.data`` between two
+layers of one call are not seen; and a weight that is changed in place between the first layer of its group and the
+backward pass fails that pass, as autograd then says, even where its own layer runs after the change.
+
+Under ``torch.compile`` there are no scopes, and weights are quantized one by one: what is ready would be told apart by
+the identity of tensors and modules, which a compiled graph, shared by modules of one structure, does not check.
+"""
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from gq_triton.quantizer import WeightQuantizer, quantize_group
+
+GROUP_BYTES = 25 << 20  # DDP's default bucket: the gradients of a group fill one
+
+_SUFFIX = "_quantizer"  # a quantizer is named after the weight beside it
+
+
+def regroup(model: nn.Module) -> None:
+    """Has every module of ``model`` that holds several quantizers open a scope when it is called, and no other one."""
+    for module in model.modules():
+        _remove_hooks(module)
+        if sum(isinstance(child, WeightQuantizer) for child in module.modules()) > 1:
+            module.register_forward_pre_hook(open_scope)
+            module.register_forward_hook(close_scope, always_call=True)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (open_scope, close_scope)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def quantized(layer: nn.Module, name: str) -> Tensor:
+    """Returns weight ``name`` of ``layer``, quantized in a group where there is one, else alone.
+
+    Under autocast, layers whose weights autocast would cast get them in its dtype at once.
+    """
+    weight, quantizer = getattr(layer, name), getattr(layer, name + _SUFFIX)
+    dtype = _autocast_dtype(layer, quantizer, weight)
+    if is_compiling() or not _thread.scopes or not _may_join(quantizer, weight):
+        return quantizer(weight, dtype)
+    ready = _thread.scopes[-1].find(quantizer, weight, dtype)
+    return quantizer(weight, dtype) if ready is None else quantizer.remember(weight, ready)
+
+
+# --- hooks: plain functions, so that modules that have them can be copied and pickled
+
+
+def open_scope(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook: opens a scope, unless the one that is open covers ``module``."""
+    if is_compiling():
+        return
+    close_scope(module)  # left open if an interrupt, such as Ctrl-C, ended the last call
+    scopes = _thread.scopes
+    if not scopes or not scopes[-1].covers(module):
+        scopes.append(Scope(module))
+
+
+def close_scope(module: nn.Module, args: Any = None, output: Any = None) -> None:
+    """Forward hook, run after exceptions too: undoes :func:`open_scope`."""
+    if is_compiling():
+        return
+    for index, scope in enumerate(_thread.scopes):
+        if scope.module is module:
+            del _thread.scopes[index:]
+            return
+
+
+class _Thread(threading.local):
+    """The scopes that are open in a thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+
+
+_thread = _Thread()
+
+
+# --- scopes
+
+
+class Scope:
+    """What is quantized while ``module`` is called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._state = _autograd_state()
+        self._modules = _unit(module)
+        self._members: dict[WeightQuantizer, Member] | None = None
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether layers below ``module`` can use this scope now."""
+        return module in self._modules and self._state == _autograd_state()
+
+    def find(self, quantizer: WeightQuantizer, weight: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+        """Returns the quantized ``weight``, in its dtype or in ``dtype``, or None if it must be quantized alone.
+
+        It can be used where ``weight`` is the same tensor and has, as its quantizer, not changed since; where autograd
+        records alike and saves tensors in the same place; and where no backward pass has used it up.
+        """
+        if self._state != _autograd_state():
+            return None
+        member = self._grouped().get(quantizer)
+        if member is None or member.weight is not weight:
+            return None
+        member.group.make()
+        if member.stamp != _stamp(quantizer, weight):
+            member.group.forget()
+        quantized = member.quantized
+        if not torch.is_grad_enabled():
+            member.quantized = None  # no graph holds it: a second reader is no reason to keep a whole quantized model
+        return quantized if quantized is not None and quantized.dtype in (weight.dtype, dtype) else None
+
+    def _grouped(self) -> "dict[WeightQuantizer, Member]":
+        if self._members is None:
+            self._members = _members(self._modules)
+            groups: dict[Hashable, Group] = {}
+            for member in self._members.values():
+                key = member.key()
+                if key not in groups or groups[key].bytes + member.weight.nbytes > GROUP_BYTES:
+                    groups[key] = Group()
+                groups[key].add(member)
+        return self._members
+
+
+class Member:
+    """A weight in a group: its quantizer, the dtype wanted, what came of it, and a stamp of what that was made from."""
+
+    group: "Group"
+
+    def __init__(self, quantizer: WeightQuantizer, weight: Tensor, dtype: torch.dtype | None) -> None:
+        self.quantizer, self.weight, self.dtype = quantizer, weight, dtype
+        self.quantized: Tensor | None = None
+        self.stamp: Hashable = None
+
+    def key(self) -> Hashable:
+        """What the members of one group have in common."""
+        quantizer, weight = self.quantizer, self.weight
+        modes = quantizer.training, quantizer.learn_tables, weight.requires_grad
+        return id(quantizer.config), weight.dtype, weight.device, self.dtype, modes
+
+
+class Group:
+    """Weights that are quantized together, once."""
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self.bytes = 0
+        self._made = False
+
+    def add(self, member: Member) -> None:
+        self.members.append(member)
+        self.bytes += member.weight.nbytes
+        member.group = self
+
+    def make(self) -> None:
+        """Quantizes the members, if that is still to be done."""
+        if self._made:
+            return
+        self._made = True
+        quantizers, weights = [m.quantizer for m in self.members], [m.weight for m in self.members]
+        values = quantize_group(quantizers, weights, self.members[0].dtype)
+        for member, value in zip(self.members, values, strict=True):
+            member.quantized, member.stamp = value, _stamp(member.quantizer, member.weight)
+        if values[0].grad_fn is not None:
+            values[0].grad_fn.register_prehook(_forgetting(weakref.ref(self)))
+
+    def forget(self) -> None:
+        for member in self.members:
+            member.quantized = None
+
+
+def _forgetting(group: "weakref.ref[Group]") -> Callable[[Any], None]:
+    """Returns a hook for a backward pass within the call: it frees the graph, on which later layers must not build."""
+
+    def hook(grads: Any) -> None:
+        if (target := group()) is not None:
+            target.forget()
+
+    return hook
+
+
+def _members(modules: dict[nn.Module, None]) -> dict[WeightQuantizer, Member]:
+    """Returns the weights that are to be quantized now, in module order, one for each quantizer."""
+    members: dict[WeightQuantizer, Member] = {}
+    for layer in modules:
+        for name, child in layer._modules.items():
+            if not isinstance(child, WeightQuantizer) or child not in modules:
+                continue
+            weight = getattr(layer, name.removesuffix(_SUFFIX))
+            dtype = _autocast_dtype(layer, child, weight)
+            if child in members:  # shared; a layer that autocast leaves alone has the last word
+                members[child].dtype = members[child].dtype and dtype
+            elif _may_join(child, weight):
+                members[child] = Member(child, weight, dtype)
+    return members
+
+
+def _may_join(quantizer: WeightQuantizer, weight: Tensor) -> bool:
+    """Whether the weight is quantized afresh now, and its changes can be told by versions."""
+    return not weight.is_inference() and not quantizer.log_scale.is_inference() and quantizer.due(weight)
+
+
+def _stamp(quantizer: WeightQuantizer, weight: Tensor) -> Hashable:
+    """Changes whenever the quantized weight might."""
+    tensors = (*quantizer._parameters.values(), *quantizer._buffers.values())
+    return quantizer.training, quantizer.learn_tables, weight._version, *[tensor._version for tensor in tensors]
+
+
+def _unit(module: nn.Module) -> dict[nn.Module, None]:
+    """Returns the modules below and including ``module``, in order, without the FSDP units among them."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # a program that does not import it has no such units
+    units = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    found: dict[nn.Module, None] = {}
+
+    def visit(current: nn.Module) -> None:
+        found[current] = None
+        for child in current._modules.values():
+            if child is not None and child not in found and not isinstance(child, units):
+                visit(child)
+
+    visit(module)
+    return found
+
+
+def _autograd_state() -> Hashable:
+    """What autograd would do with an operation now. Checkpointed regions differ in it from what is around them."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),  # pushed by checkpointing that is not reentrant
+        torch._C._current_graph_task_id(),  # the backward pass that runs, as a reentrant recomputation is part of one
+    )
+
+
+def _autocast_dtype(layer: nn.Module, quantizer: WeightQuantizer, weight: Tensor) -> torch.dtype | None:
+    """Returns the dtype to which autocast would cast the quantized weight, or None if it would not."""
+    device = weight.device.type
+    if not layer.autocasts or weight.dtype != torch.float32 or weight.is_meta:
+        return None
+    periodical = quantizer.config.requantize_every > 1  # what is remembered may be used without autocast, too
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and not periodical else None
