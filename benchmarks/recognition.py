@@ -11,15 +11,13 @@ those of the last call: runs that were found finished do not count.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import click
+from harness import RESULTS, slug
 
 from gq_triton.cli.quickstart import quickstart
 from gq_triton.files import save_json
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @click.command()
@@ -35,11 +33,6 @@ def main(context: click.Context, data: str, root: Path | None, output: Path | No
     record = RESULTS / slug(summary["device"]) / f"recognition_{data}.json"
     save_json(record, summary)
     click.echo(f"record: {record}", err=True)
-
-
-def slug(device: str) -> str:
-    """A device's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 if __name__ == "__main__":

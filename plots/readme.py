@@ -2,20 +2,32 @@
 
     python plots/readme.py
 
-Fills what lies between `<!-- table RECORD -->` and `<!-- end -->`, RECORD being a path of a record of
-benchmarks/recognition.py.
+Fills what lies between `<!-- table RECORD -->` and `<!-- end -->`, RECORD being the path of a benchmark's record.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from gq_triton.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+QUANTIZERS = {
+    "gq": "GQ",
+    "gq kernel": "of it, without building tables",
+    "plain": "plain form",
+    "plain compiled": "plain form, torch.compile",
+    "lsq": "LSQ",
+    "lsq compiled": "LSQ, torch.compile",
+    "torchao": "torchao",
+    "torchao compiled": "torchao, torch.compile",
+    "uniform": "uniform, straight through",
+}
+STEPS = {"float": "float", "gq": "GQ", "torchao": "torchao, linear layers only", "plain": "GQ in the plain form"}
 
 
 def main() -> None:
@@ -27,12 +39,17 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """The text with every table drawn anew."""
-    return TABLE.sub(lambda match: match[1] + recognition_table(ROOT / match[2]) + match[3], text)
+    return TABLE.sub(lambda match: match[1] + table(ROOT / match[2]) + match[3], text)
 
 
-def recognition_table(path: Path) -> str:
+def table(path: Path) -> str:
     """A record as a Markdown table, with what it was measured on below it."""
-    record = json.loads(path.read_text())
+    tables = {"quantizer": quantizer_table, "training_step": training_step_table}
+    return tables.get(path.stem, recognition_table)(json.loads(path.read_text()))
+
+
+def recognition_table(record: dict) -> str:
+    """Of benchmarks/recognition.py."""
     float_model, test = record["float"], record["test"]
     lines = [
         "| weights | WER, post-training quantization | WER, GQ training | bytes | times smaller |",
@@ -49,6 +66,74 @@ def recognition_table(path: Path) -> str:
         f"{record['date']}."
     )
     return "\n".join([*lines, "", about, ""])
+
+
+def quantizer_table(record: dict) -> str:
+    """Of benchmarks/quantizer.py: the main size, at 4 and 8 bits."""
+    size, dtype = 2 ** record["settings"]["main"], record["settings"]["dtypes"][0]
+    passes = {
+        entry["case"]["pass"]: entry["results"]
+        for entry in record["cases"]
+        if (entry["case"].get("size"), entry["case"].get("dtype")) == (size, dtype)
+    }
+    lines = [
+        "| milliseconds at 4 / 8 bits | forward | backward of weight and scale | backward with centroids "
+        "| peak memory of backward (MiB) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, label in QUANTIZERS.items():
+        times = [_pair(results, name, lambda result: result["ms"]["median"]) for results in passes.values()]
+        memory = _pair(passes["backward"], name, lambda result: result["peak_bytes"] / 2**20)
+        if any(times):
+            lines.append(f"| {label} | {' | '.join(times)} | {memory} |")
+    copied = passes["forward"]["copy"]
+    about = (
+        f"A weight of {size:,} entries, {dtype} ({copied['bytes'] / 2**21:.3g} MiB), one scale per channel; medians; "
+        f"a copy of it takes {copied['ms']['median']:.3g} ms ({copied['gb_per_s']:.3g} GB/s). {_where(record)}."
+    )
+    return "\n".join([*lines, "", about, ""])
+
+
+def training_step_table(record: dict) -> str:
+    """Of benchmarks/training_step.py."""
+    lines = [
+        "| model | training | step | frames/s | quantizer | longer than float | weights quantized |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in record["cases"]:
+        for name, result in entry["results"].items():
+            lines.append(f"| {entry['case']['model']} | {STEPS[name]} | {_step_columns(result)} |")
+    batches = ", ".join(
+        f"{work['batch']} x {work['frames'] / 100:g} s for {work['model']}" for work in record["settings"]["workloads"]
+    )
+    about = f"Weights of {record['settings']['bits']} bits; batches of {batches}; medians. {_where(record)}."
+    return "\n".join([*lines, "", about, ""])
+
+
+def _step_columns(result: dict) -> str:
+    if "ms" not in result:
+        return f"not measured | | | | {result.get('absent') or result['wrong']}"
+    share = result["quantized_weights"] / result["weights"]
+    milliseconds = [result["ms"]["median"], result["quantizer_ms"], result["longer_than_float_ms"]]
+    step, quantizer, longer = (f"{_number(value)} ms" for value in milliseconds)
+    return f"{step} | {result['frames_per_s']:,.0f} | {quantizer} | {longer} | {share:.0%}"
+
+
+def _pair(results: dict, name: str, value: Callable[[dict], float]) -> str:
+    """A number of a contender at 4 and at 8 bits; nothing where it has neither."""
+    both = [results.get(f"{name}/{bits}", {}) for bits in (4, 8)]
+    shown = [_number(value(result)) if "ms" in result else "-" for result in both]
+    return " / ".join(shown) if any("ms" in result for result in both) else ""
+
+
+def _number(value: float) -> str:
+    """Three digits, but no fewer than there are before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _where(record: dict) -> str:
+    environment = record["environment"]
+    return f"{environment['device']}, torch {environment['versions']['torch']}, {record['date']}"
 
 
 def _percent(rate: float, interval: list[float]) -> str:

@@ -1,21 +1,12 @@
 """The README says what the records say."""
 
-import importlib.util
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import ROOT, load_script
 
 
 def test_tables_are_those_of_the_records():
-    readme = load_script(ROOT / "plots" / "readme.py")
+    readme = load_script("plots/readme.py")
     text = (ROOT / "README.md").read_text()
     assert readme.TABLE.search(text)
     assert readme.filled(text) == text, "run `python plots/readme.py`"
