@@ -22,10 +22,12 @@ CUDA.  The nodes are walked in blocks of whole utterances, or of some frames of 
 3. `_lattice_kernel` computes alpha and beta of all utterances at once.  Along u the recursion of a frame,
    x_u = logaddexp(b_u, a_u + x_{u-1}), is an associative scan over the pairs (a, b); a program walks the frames of one
    utterance, in one direction, and keeps the previous frame in registers.
-4. Backward, `_logit_grad_kernel` forms the logits of a block again and writes dl; the rest is matrix products.
+4. Backward, `_logit_grad_kernel` forms the logits of a block again, of those tiles that alignments pass through with
+   more than negligible probability, and writes dl; the rest is matrix products.
 
-The CPU does the same in blocks that fit its caches, each utterance at its own lengths.  Sums run in a fixed order: the
-same inputs give the same bits.
+The CPU does the same in blocks that fit its caches, each utterance at its own lengths, and backward in the band of
+labels that alignments pass through.  Sums run in a fixed order: the same inputs give the same bits.  Frames and labels
+beyond an utterance's lengths are not read, whatever they hold.
 
 Floor.  With N = sum of T_b (U_b + 1) nodes, 2 N J V operations forward and 6 N J V backward, a third of these to form
 the logits again.  A node's h and dl are written once and read once or twice, 2 (J + V) bytes each time in 16 bits,
@@ -45,8 +47,9 @@ from gq_triton.kernels.rnnt_loss import NEGLIGIBLE, check_labels, lattice_sums, 
 
 __all__ = ["joint_rnnt_loss", "reference"]
 
-CHUNK = 1 << 25  # numbers of a block's h or dl: 64 MiB in 16 bits
-CPU_CHUNK = 1 << 18  # the same on the CPU
+CHUNK = 1 << 25  # numbers of a block's h or dl on a GPU: 64 MiB in 16 bits
+CPU_CHUNK = 1 << 18  # and on the CPU
+ALIGN = 16  # numbers that J and V are made multiples of, or a GPU would load them one by one
 NORMALIZER, BLANK, LABEL, ALPHA, BETA = range(5)  # planes of an utterance's lattice
 
 
@@ -91,8 +94,24 @@ def joint_rnnt_loss(
     shape = (*encoded.shape[:2], predicted.shape[1], weight.shape[0])
     check_labels(shape, targets, logit_lengths, target_lengths, blank)
     labels = [tensor.to(encoded.device) for tensor in (targets, logit_lengths, target_lengths)]
-    losses, _ = _loss(encoded, predicted, weight.to(encoded.dtype), bias, *labels, blank)
+    joint = encoded, predicted, weight.to(encoded.dtype), bias
+    losses, _ = _loss(*(_aligned(*joint) if encoded.is_cuda else joint), *labels, blank)
     return reduce(losses, reduction)
+
+
+def _aligned(
+    encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same joint network with J and V made multiples of 16, by zeros and labels of probability 0."""
+    columns, rows = -weight.shape[1] % ALIGN, -weight.shape[0] % ALIGN
+    pad = torch.nn.functional.pad
+    if rows:
+        bias = pad(weight.new_zeros(len(weight)) if bias is None else bias, (0, rows), value=-torch.inf)
+    if columns or rows:
+        weight = pad(weight, (0, columns, 0, rows))
+    if columns:
+        encoded, predicted = pad(encoded, (0, columns)), pad(predicted, (0, columns))
+    return encoded, predicted, weight, bias
 
 
 def _check_projections(encoded: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -524,7 +543,7 @@ def _logit_grad_kernel(
 
 # --- launchers --------------------------------------------------------------------------------------------------------
 
-HIDDEN_TILE = (4, 16, 64)  # FRAMES, ROWS, BLOCK_J of `_hidden_kernel`
+HIDDEN_TILE = (2, 16, 64)  # FRAMES, ROWS, BLOCK_J of `_hidden_kernel`
 _OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -560,7 +579,17 @@ def _blocks(batch: int, frames: int, rows: int, width: int) -> Iterator[tuple[sl
 class _Launcher:
     """The arguments that the kernels share, and their launches on a block of nodes."""
 
-    def __init__(self, encoded, predicted, weight, bias, targets, logit_lengths, target_lengths, blank) -> None:
+    def __init__(
+        self,
+        encoded: Tensor,
+        predicted: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logit_lengths: Tensor,
+        target_lengths: Tensor,
+        blank: int,
+    ) -> None:
         self.encoded, self.predicted, self.weight = (x.contiguous() for x in (encoded, predicted, weight))
         self.bias = self.weight if bias is None else bias.contiguous()
         self.targets = targets.contiguous()
@@ -624,8 +653,17 @@ class _Launcher:
         return shape[0] * cdiv(shape[1], frames) * cdiv(shape[2], rows)
 
 
-def _launch_forward(encoded, predicted, *others) -> tuple[Tensor, Tensor]:
-    joint = _Launcher(encoded, predicted, *others)
+def _launch_forward(
+    encoded: Tensor,
+    predicted: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+) -> tuple[Tensor, Tensor]:
+    joint = _Launcher(encoded, predicted, weight, bias, targets, logit_lengths, target_lengths, blank)
     losses = encoded.new_empty(joint.batch, dtype=torch.float32)
     lattice = encoded.new_empty(joint.batch, 5, joint.frames, joint.rows, dtype=torch.float32)
     if not joint.batch:
@@ -647,15 +685,31 @@ def _launch_forward(encoded, predicted, *others) -> tuple[Tensor, Tensor]:
 
 
 def _launch_backward(
-    grad, encoded, predicted, weight, bias, targets, logit_lengths, target_lengths, losses, lattice, blank
+    grad: Tensor,
+    encoded: Tensor,
+    predicted: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    losses: Tensor,
+    lattice: Tensor,
+    blank: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     joint = _Launcher(encoded, predicted, weight, bias, targets, logit_lengths, target_lengths, blank)
     gradients = _Gradients.zeros(encoded, predicted, weight)
     width = max(joint.width, joint.vocabulary)
     with launching(encoded):
         for utterances, frames in _blocks(joint.batch, joint.frames, joint.rows, width):
-            block = joint.logit_gradients(utterances, frames, lattice, losses, grad.contiguous())
-            gradients.add(utterances, frames, slice(joint.rows), *block, joint.weight)
+            # Not named, so that a block is freed before the next.
+            gradients.add(
+                utterances,
+                frames,
+                slice(joint.rows),
+                *joint.logit_gradients(utterances, frames, lattice, losses, grad.contiguous()),
+                joint.weight,
+            )
     return gradients.narrow(predicted, weight, weight if bias is None else bias)
 
 

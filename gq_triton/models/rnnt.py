@@ -222,13 +222,26 @@ class Joint(nn.Module):
 
     def forward(self, encoded: Tensor, predicted: Tensor) -> Tensor:
         """``(..., encoder_size)`` and ``(..., predictor_hidden)``, broadcastable -> ``(..., vocab_size)`` logits."""
-        return self.output(torch.tanh(self.encoder(encoded) + self.predictor(predicted)))
+        return self.combine(self.encoder(encoded), self.predictor(predicted))
+
+    def combine(self, encoded: Tensor, predicted: Tensor) -> Tensor:
+        """Two projections ``(..., joint)``, broadcastable -> ``(..., vocab_size)`` logits."""
+        return self.output(torch.tanh(encoded + predicted))
 
 
 class Lattice(NamedTuple):
-    """What training needs of a transducer: the joint's logits, the encoder's lengths and its outputs."""
+    """What training needs of a transducer. The logits of frame t and position u are
+    ``joint.combine(frames[:, t], positions[:, u])``; of all frames and positions together, they are huge.
 
-    logits: Tensor
+    Attributes:
+        frames: ``(B, T', joint)``, the joint's projection of the encoder's outputs.
+        positions: ``(B, U + 1, joint)``, its projection of the predictor's outputs, before and after each label.
+        lengths: ``(B,)`` valid frames.
+        encoded: ``(B, T', E)``, the encoder's outputs.
+    """
+
+    frames: Tensor
+    positions: Tensor
     lengths: Tensor
     encoded: Tensor
 
@@ -246,17 +259,14 @@ class RNNT(nn.Module):
         self.joint = Joint(config, self.encoder.output_size)
 
     def forward(self, features: Tensor, feature_lengths: Tensor, targets: Tensor) -> Lattice:
-        """Logits of the whole lattice, for the transducer loss.
+        """What the transducer loss is computed from.
 
         Args:
             features: ``(B, T, features)``.
             feature_lengths: ``(B,)`` valid frames.
             targets: ``(B, U)`` labels, padded with any valid id.
-
-        Returns:
-            ``(B, T', U + 1, vocab_size)`` logits, ``(B,)`` encoder lengths and ``(B, T', E)`` encoder outputs.
         """
         encoded, lengths = self.encoder(features, feature_lengths)
         start = targets.new_full((targets.shape[0], 1), self.blank)
         predicted, _ = self.predictor(torch.cat([start, targets], 1))
-        return Lattice(self.joint(encoded[:, :, None], predicted[:, None]), lengths, encoded)
+        return Lattice(self.joint.encoder(encoded), self.joint.predictor(predicted), lengths, encoded)

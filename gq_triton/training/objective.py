@@ -9,9 +9,53 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gq_triton.grouping import regroup
+from gq_triton.kernels.joint_loss import joint_rnnt_loss
 from gq_triton.kernels.rnnt_loss import rnnt_loss
+from gq_triton.layers import QATLinear
+from gq_triton.models.rnnt import Joint, Lattice
 
-__all__ = ["TransducerObjective"]
+__all__ = ["TransducerObjective", "transducer_loss"]
+
+
+def transducer_loss(
+    joint: Joint, lattice: Lattice, targets: Tensor, target_lengths: Tensor, *, blank: int = 0, reduction: str = "sum"
+) -> Tensor:
+    """The transducer loss of a lattice, without its logits in memory wherever the joint's output layer allows it.
+
+    It does where all it takes to compute the layer is its weight: a plain ``nn.Linear``, or one whose weight alone is
+    quantized. Any other layer is called, on all of the lattice at once.
+
+    Args:
+        joint: the joint network of the model that returned ``lattice``.
+        lattice: see there.
+        targets: ``(B, U)`` int64 labels, padded with any valid id.
+        target_lengths: ``(B,)`` labels per utterance.
+        blank: id of the blank label.
+        reduction: "sum" (default), "mean" or "none", over the batch.
+
+    Returns:
+        The loss in nats, float32 (float64 for a float64 lattice).
+
+    Raises:
+        ValueError: as :func:`gq_triton.kernels.joint_loss.joint_rnnt_loss`.
+    """
+    labels = dict(targets=targets, logit_lengths=lattice.lengths, target_lengths=target_lengths)
+    weight = _output_weight(joint.output)
+    if weight is None:
+        logits = joint.combine(lattice.frames[:, :, None], lattice.positions[:, None])
+        return rnnt_loss(logits, **labels, blank=blank, reduction=reduction)
+    projections = lattice.frames, lattice.positions, weight, joint.output.bias
+    return joint_rnnt_loss(*projections, **labels, blank=blank, reduction=reduction)
+
+
+def _output_weight(layer: nn.Module) -> Tensor | None:
+    """The weight that ``layer`` computes with, where it does no more than apply it."""
+    if type(layer) is nn.Linear:
+        return layer.weight
+    if type(layer) is not QATLinear or any(each.config.activations for each in layer.quantizers().values()):
+        return None
+    return layer.quantized("weight")
 
 
 class TransducerObjective(nn.Module):
@@ -27,18 +71,19 @@ class TransducerObjective(nn.Module):
         super().__init__()
         self.model, self.ctc_weight = model, ctc_weight
         self.ctc = nn.Linear(model.encoder.output_size, model.config.vocab_size) if ctc_weight else None
+        regroup(self)  # the loss asks for the joint's output weight after the model's own call has ended
 
     def forward(self, features: Tensor, feature_lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
         """The loss summed over the batch, in nats; shapes as in :class:`gq_triton.training.data.Batch`."""
-        logits, lengths, encoded = self.model(features, feature_lengths, targets)
-        loss = rnnt_loss(logits, targets, lengths, target_lengths, blank=self.model.blank, reduction="sum")
+        lattice = self.model(features, feature_lengths, targets)
+        loss = transducer_loss(self.model.joint, lattice, targets, target_lengths, blank=self.model.blank)
         if self.ctc is None:
             return loss
-        log_probs = self.ctc(encoded).float().log_softmax(-1).transpose(0, 1)
+        log_probs = self.ctc(lattice.encoded).float().log_softmax(-1).transpose(0, 1)
         ctc = nn.functional.ctc_loss(
             log_probs,
             targets,
-            lengths,
+            lattice.lengths,
             target_lengths,
             blank=self.model.blank,
             reduction="sum",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gq_triton.kernels.rnnt_loss import rnnt_loss
+from gq_triton.kernels.joint_loss import joint_rnnt_loss
 from gq_triton.models import RNNT, RNNT_PRESETS, RNNTConfig
 
 SMALL = dict(
@@ -45,9 +45,22 @@ def test_lattice_shapes(changes):
     features, lengths = torch.randn(2, 25, 6), torch.tensor([25, 13])
     lattice = model(features, lengths, torch.ones(2, 4, dtype=torch.long))
     frames = 25 // model.config.subsampling
-    assert lattice.logits.shape == (2, frames, 5, 9)
+    assert lattice.frames.shape == (2, frames, 8) and lattice.positions.shape == (2, 5, 8)
     assert lattice.lengths.tolist() == [frames, 13 // model.config.subsampling]
     assert lattice.encoded.shape == (2, frames, model.encoder.output_size)
+
+
+def test_the_joint_is_its_projections_combined():
+    model = model_of()
+    features, lengths, targets = torch.randn(2, 25, 6), torch.tensor([25, 13]), torch.randint(1, 9, (2, 4))
+    lattice = model(features, lengths, targets)
+    encoded, _ = model.encoder(features, lengths)
+    predicted, _ = model.predictor(torch.cat([torch.zeros(2, 1, dtype=torch.long), targets], 1))
+    assert torch.equal(lattice.encoded, encoded)
+    for t, u in [(0, 0), (3, 4)]:
+        expected = model.joint(encoded[:, t], predicted[:, u])
+        assert expected.shape == (2, 9)
+        torch.testing.assert_close(model.joint.combine(lattice.frames[:, t], lattice.positions[:, u]), expected)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(reduce_after=2), dict(reduce_after=0), dict(encoder_projection=4)])
@@ -85,7 +98,9 @@ def test_predictor_continues_from_its_state():
 def test_every_parameter_gets_a_gradient():
     model = model_of().train()
     lattice = model(torch.randn(2, 24, 6), torch.tensor([24, 18]), torch.randint(1, 9, (2, 3)))
-    rnnt_loss(lattice.logits, torch.ones(2, 3, dtype=torch.long), lattice.lengths, torch.tensor([3, 2])).backward()
+    output = model.joint.output
+    labels = torch.ones(2, 3, dtype=torch.long), lattice.lengths, torch.tensor([3, 2])
+    joint_rnnt_loss(lattice.frames, lattice.positions, output.weight, output.bias, *labels).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from gq_triton.kernels.rnnt_loss import rnnt_loss
 from gq_triton.models import RNNT, RNNTConfig
 from gq_triton.speech.decoding import BeamDecoder, GreedyDecoder, beam, greedy
+from gq_triton.training.objective import transducer_loss
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_wide_beam_finds_the_most_probable_labels(model):
         for labels in itertools.product(range(1, 4), repeat=count):
             targets = torch.tensor([labels], dtype=torch.long).reshape(1, count)
             lattice = model(features, lengths, targets)
-            expected = -rnnt_loss(lattice.logits, targets, lattice.lengths, torch.tensor([count]))
+            expected = -transducer_loss(model.joint, lattice, targets, torch.tensor([count]))
             assert scores[labels] == pytest.approx(expected.item(), abs=1e-3)
     assert frames == 3
     assert decoder.results([hypotheses])[0] == list(max(scores, key=scores.get))
@@ -103,7 +103,7 @@ def test_beam_is_no_worse_than_greedy(model, utterances):
         with torch.no_grad():
             lattice = model(features, lengths, targets)
         sizes = torch.tensor([len(row) for row in labels])
-        return -rnnt_loss(lattice.logits, targets, lattice.lengths, sizes, reduction="none")
+        return -transducer_loss(model.joint, lattice, targets, sizes, reduction="none")
 
     best, first = beam(model, features, lengths, width=8), greedy(model, features, lengths)
     assert (score(best) >= score(first) - 1e-4).all()
