@@ -53,7 +53,8 @@ class GQConfig:
         straight_through: share, 0 to 1, of the straight-through gradient mixed into the soft derivative, so that
             weights keep moving when the assignment is nearly hard. Default 0.1.
         requantize_every: in training, quantize afresh at every n-th update of the weight and reuse the result, with a
-            straight-through gradient, in between. Default 1: at every forward pass.
+            straight-through gradient, in between. Default 1: at every forward pass. Updates are told by
+            the weight's version, which fused optimizers and FSDP leave alone: with these, too, every pass quantizes.
         centroid_interval: centroids and mu get their gradient, which costs about as much again as the weights',
             at every n-th step, as :class:`gq_triton.Annealer` counts them, and zeros in between. Default 1: at every
             step, as without an annealer.

@@ -128,7 +128,7 @@ class Scope:
         if member is None or member.weight is not weight:
             return None
         member.group.make()
-        if member.stamp != _stamp(quantizer, weight):
+        if member.quantized is not None and member.stamp != _stamp(quantizer, weight):
             member.group.forget()
         quantized = member.quantized
         if not torch.is_grad_enabled():
@@ -142,32 +142,40 @@ class Scope:
             for member in self._members.values():
                 key = member.key()
                 if key not in groups or groups[key].bytes + member.weight.nbytes > GROUP_BYTES:
-                    groups[key] = Group()
+                    groups[key] = Group(key)
                 groups[key].add(member)
         return self._members
 
 
 class Member:
-    """A weight in a group: its quantizer, the dtype wanted, what came of it, and a stamp of what that was made from."""
+    """A weight in a group: its quantizer, the dtype wanted, what came of it, and what that was made from."""
 
     group: "Group"
+    sources: list[Tensor]  # held, so that the stamp tells them from others by id()
+    stamp: Hashable
 
     def __init__(self, quantizer: WeightQuantizer, weight: Tensor, dtype: torch.dtype | None) -> None:
         self.quantizer, self.weight, self.dtype = quantizer, weight, dtype
         self.quantized: Tensor | None = None
-        self.stamp: Hashable = None
 
     def key(self) -> Hashable:
         """What the members of one group have in common."""
         quantizer, weight = self.quantizer, self.weight
-        modes = quantizer.training, quantizer.learn_tables, weight.requires_grad
+        trained = [tensor.requires_grad for tensor in _sources(quantizer, weight)]
+        modes = quantizer.training, quantizer.learn_tables, *trained
         return id(quantizer.config), weight.dtype, weight.device, self.dtype, modes
+
+    def take(self, quantized: Tensor) -> None:
+        self.quantized = quantized
+        self.sources = _sources(self.quantizer, self.weight)
+        self.stamp = _stamp(self.quantizer, self.weight)
 
 
 class Group:
-    """Weights that are quantized together, once."""
+    """Weights that are quantized together, once; ``key`` is what their members have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
         self.members: list[Member] = []
         self.bytes = 0
         self._made = False
@@ -182,10 +190,13 @@ class Group:
         if self._made:
             return
         self._made = True
-        quantizers, weights = [m.quantizer for m in self.members], [m.weight for m in self.members]
-        values = quantize_group(quantizers, weights, self.members[0].dtype)
-        for member, value in zip(self.members, values, strict=True):
-            member.quantized, member.stamp = value, _stamp(member.quantizer, member.weight)
+        members = [member for member in self.members if member.key() == self.key]  # others were changed meanwhile
+        if not members:
+            return
+        quantizers, weights = [member.quantizer for member in members], [member.weight for member in members]
+        values = quantize_group(quantizers, weights, members[0].dtype)
+        for member, value in zip(members, values, strict=True):
+            member.take(value)
         if values[0].grad_fn is not None:
             values[0].grad_fn.register_prehook(_forgetting(weakref.ref(self)))
 
@@ -205,13 +216,21 @@ def _forgetting(group: "weakref.ref[Group]") -> Callable[[Any], None]:
 
 
 def _members(modules: dict[nn.Module, None]) -> dict[WeightQuantizer, Member]:
-    """Returns the weights that are to be quantized now, in module order, one for each quantizer."""
+    """Returns the weights that are to be quantized now, in module order, one for each quantizer.
+
+    Weights that are computed, and those of layers with forward pre-hooks of others, which may set or change them, are
+    left out: they are not known before the layer itself runs.
+    """
     members: dict[WeightQuantizer, Member] = {}
     for layer in modules:
+        if any(hook is not open_scope for hook in layer._forward_pre_hooks.values()):
+            continue
         for name, child in layer._modules.items():
             if not isinstance(child, WeightQuantizer) or child not in modules:
                 continue
-            weight = getattr(layer, name.removesuffix(_SUFFIX))
+            weight = _plain(layer, name.removesuffix(_SUFFIX))
+            if weight is None:
+                continue
             dtype = _autocast_dtype(layer, child, weight)
             if child in members:  # shared; a layer that autocast leaves alone has the last word
                 members[child].dtype = members[child].dtype and dtype
@@ -220,15 +239,29 @@ def _members(modules: dict[nn.Module, None]) -> dict[WeightQuantizer, Member]:
     return members
 
 
+def _plain(layer: nn.Module, name: str) -> Tensor | None:
+    """Returns a weight that is a parameter, or the tensor that FSDP has in its place; None for a parametrized one."""
+    return layer._parameters.get(name, vars(layer).get(name))
+
+
 def _may_join(quantizer: WeightQuantizer, weight: Tensor) -> bool:
     """Whether the weight is quantized afresh now, and its changes can be told by versions."""
-    return not weight.is_inference() and not quantizer.log_scale.is_inference() and quantizer.due(weight)
+    return not any(tensor.is_inference() for tensor in _sources(quantizer, weight)) and quantizer.due(weight)
+
+
+def _sources(quantizer: WeightQuantizer, weight: Tensor) -> list[Tensor]:
+    """What the quantized weight is computed from."""
+    return [weight, *quantizer._parameters.values(), *quantizer._buffers.values()]
 
 
 def _stamp(quantizer: WeightQuantizer, weight: Tensor) -> Hashable:
-    """Changes whenever the quantized weight might."""
-    tensors = (*quantizer._parameters.values(), *quantizer._buffers.values())
-    return quantizer.training, quantizer.learn_tables, weight._version, *[tensor._version for tensor in tensors]
+    """Changes whenever the quantized weight, or its graph, might, and where another CUDA stream would have to wait."""
+    tensors = [(id(tensor), tensor._version, tensor.requires_grad) for tensor in _sources(quantizer, weight)]
+    return quantizer.training, quantizer.learn_tables, _stream(weight), *tensors
+
+
+def _stream(tensor: Tensor) -> int | None:
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else None
 
 
 def _unit(module: nn.Module) -> dict[nn.Module, None]:
@@ -253,6 +286,7 @@ def _autograd_state() -> Hashable:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch._C._autograd._top_saved_tensors_default_hooks(False),  # pushed by checkpointing that is not reentrant
+        torch._C._functorch.maybe_current_level(),  # of torch.func.grad and the like
         torch._C._current_graph_task_id(),  # the backward pass that runs, as a reentrant recomputation is part of one
     )
 

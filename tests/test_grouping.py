@@ -10,6 +10,7 @@ import pytest
 import torch
 from quantized import Operations, convert, ungrouped
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import gq_triton as gq
@@ -300,10 +301,166 @@ def test_evaluation(context):
     assert launches(operations.counts) == (1 + 8, 0)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_buffers_made_in_inference_mode(context):
+    model = prepared(Stack()).eval()
+    with torch.inference_mode():
+        for block in model.blocks:
+            block.first.weight_quantizer.hardness = torch.tensor(3.0)
+    with context():
+        assert torch.equal(model(X), ungrouped(model)(X))
+
+
 def test_models_made_in_inference_mode():
     with torch.inference_mode():
         model = prepared(Stack()).eval()
         assert torch.equal(model(X), ungrouped(model)(X))
+
+
+# --- changes within a call
+
+
+class Changing(nn.Module):
+    """Changes its stack after the first block ran, and undoes that after the call."""
+
+    def __init__(self, change, undo):
+        super().__init__()
+        self.stack, self.change, self.undo = Stack(), change, undo
+
+    def forward(self, x):
+        x = self.stack.blocks[0](self.stack.inlet(x))
+        self.change(self.stack)
+        x = self.stack.blocks[2](self.stack.blocks[1](x))
+        x = self.stack.outlet(x.to(self.stack.outlet.weight.dtype))
+        self.undo(self.stack)
+        return x
+
+
+def setting(path, name, change):
+    """A change and its undoing: replaces attribute ``name`` at ``path`` by ``change`` of it."""
+    original = []
+
+    def do(stack):
+        part = stack.get_submodule(path)
+        original.append(getattr(part, name))
+        setattr(part, name, change(original[-1]))
+
+    return do, lambda stack: setattr(stack.get_submodule(path), name, original.pop())
+
+
+@pytest.mark.parametrize("size", [4 * 72, grouping.GROUP_BYTES])  # whether the change comes before the group's turn
+@pytest.mark.parametrize(
+    "path, name, change",
+    [
+        ("blocks.2.second.weight_quantizer", "hardness", lambda _: torch.tensor(20.0)),
+        ("blocks.2.second.weight_quantizer", "training", lambda _: False),
+        ("blocks.2.first.weight_quantizer", "training", lambda _: False),
+        ("blocks.2.second.weight_quantizer", "learn_tables", lambda _: False),
+    ],
+)
+def test_quantizers_changed_within_a_call(path, name, change, size, monkeypatch):
+    monkeypatch.setattr(grouping, "GROUP_BYTES", size)
+    assert_same(prepared(Changing(*setting(path, name, change)), forward="soft"), steps=1)
+
+
+def test_parameters_replaced_within_a_call():
+    do, undo = setting("blocks.2.second.weight_quantizer", "log_scale", lambda old: new)
+    model = prepared(Changing(do, undo))
+    old = model.stack.blocks[2].second.weight_quantizer.log_scale
+    new = nn.Parameter(old.detach() + 0.5)
+    torch._C._autograd._unsafe_set_version_counter((new,), (old._version,))
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), ungrouped(model)(X))
+
+
+@pytest.mark.parametrize("size", [4 * 72, grouping.GROUP_BYTES])
+@pytest.mark.parametrize("name, at_first", [("weight", False), ("weight", True), ("weight_quantizer", False)])
+def test_requires_grad_toggled_within_a_call(size, name, at_first, monkeypatch):
+    monkeypatch.setattr(grouping, "GROUP_BYTES", size)
+
+    def toggle(learned):
+        return lambda stack: getattr(stack.blocks[2].second, name).requires_grad_(learned)
+
+    model = Changing(toggle(not at_first), toggle(at_first))
+    toggle(at_first)(prepared(model).stack)
+    assert_same(model, steps=1)
+
+
+def test_a_dtype_changed_within_a_call(monkeypatch):
+    monkeypatch.setattr(grouping, "GROUP_BYTES", 4 * 72)
+    model = prepared(Changing(lambda stack: stack.outlet.double(), lambda stack: stack.outlet.float()))
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), ungrouped(model)(X))
+
+
+def test_frozen_layers_need_no_gradient_for_the_sake_of_others():
+    model = prepared(Stack())
+    model.inlet.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1].first.weight.requires_grad_(False)  # its quantizer learns
+    seen = []
+    model.blocks[0].register_forward_hook(lambda block, args, output: seen.append(output.requires_grad))
+    model(X)
+    assert seen == [False]
+    assert_same(model.blocks[1], torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("compute", [nn.utils.parametrizations.spectral_norm, None])
+def test_weights_that_are_computed_after_preparing(compute):
+    model = prepared(Stack())
+    reference = ungrouped(model)
+    for each in (model, reference):
+        layer = each.blocks[1].first
+        torch.manual_seed(0)
+        compute(layer) if compute else prune.l1_unstructured(layer, "weight", 0.5)
+    for _ in range(3):
+        outputs = [each(X) for each in (model, reference)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+        assert_same_gradients(model, reference)
+
+
+def test_hooks_that_change_the_weight_before_each_call():
+    def shrink(layer, args):
+        with torch.no_grad():
+            layer.weight.mul_(0.9)
+
+    model = prepared(Stack())
+    reference = ungrouped(model)
+    for each in (model, reference):
+        for block in each.blocks:
+            block.second.register_forward_pre_hook(shrink)
+        each(X).square().sum().backward()
+    assert_same_gradients(model, reference)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda stack, x: torch.func.grad(lambda x: stack(x).square().sum())(x),
+        lambda stack, x: torch.func.jvp(stack, (x,), (torch.ones_like(x),))[1],
+        lambda stack, x: torch.func.vmap(torch.func.jacrev(stack))(x),
+        lambda stack, x: torch.func.vmap(stack)(x),
+    ],
+)
+def test_function_transforms_within_a_call(transformed):
+    class Penalty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = Stack()
+
+        def forward(self, x):
+            return transformed(self.stack, x).square().sum() + self.stack(x)
+
+    assert_same(prepared(Penalty()), steps=1)
+
+
+def test_each_cuda_stream_quantizes_for_itself(monkeypatch):
+    stream = [0]
+    monkeypatch.setattr(grouping, "_stream", lambda tensor: stream[0])
+    change = lambda stack: stream.append(stream.pop() + 1)  # noqa: E731
+    assert launches(assert_same(prepared(Changing(change, change)), steps=1))[0] == 1 + 5
 
 
 # --- activation checkpointing
