@@ -119,6 +119,7 @@ def fake_quantize_group(
     Raises:
         TypeError, ValueError: as `fake_quantize`.
     """
+    weights = list(weights)
     _check_group(weights, scale, centroids, mu, hardness, per_channel)
     _check_option("forward", forward, ("hard", "soft"))
     _check_option("codebook_dtype", codebook_dtype, (None, "float", "int8", "fp8"))
@@ -132,7 +133,7 @@ def fake_quantize_group(
         centroids, mu = centroids.detach(), mu.detach()
     tables = _tables.build_tables(centroids, mu, hardness, codebook_dtype, work)
     options = per_channel, forward == "soft", float(straight_through), tables.requires_grad, dtype
-    return _fake_quantize.fake_quantize(list(weights), _flushed(scale, work), tables, *options)
+    return _fake_quantize.fake_quantize(weights, _flushed(scale, work), tables, *options)
 
 
 def encode(weight: Tensor, scale: Tensor, centroids: Tensor, *, mu: float | Tensor) -> Tensor:
@@ -331,6 +332,9 @@ def _check_group(
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape} for {group} weights, got {tuple(tensor.shape)}")
     _check_dtype("centroids", centroids, *_FLOATS)
+    for name, tensor in {"scale": scale, "mu": mu, "hardness": hardness, "centroids": centroids}.items():
+        if weights and tensor.device != weights[0].device:
+            raise ValueError(f"{name} must be on the weights' device, {weights[0].device}, but is on {tensor.device}")
     if centroids.shape[:-1] != (group,) or centroids.shape[-1] not in _LEVELS:
         raise ValueError(
             f"centroids must have shape ({group}, K) with K a power of two, 2 to 256, got {tuple(centroids.shape)}"

@@ -69,8 +69,12 @@ def reference(
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
+# The launchers cache small tensors on the GPU, which the CUDA graphs of `torch.compile` take for leaks in their memory;
+# `torch.cuda.graph` has no such check and captures the operators like any other.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
-@torch.library.custom_op("gq_triton::fake_quantize", mutates_args=(), device_types="cpu")
+
+@torch.library.custom_op("gq_triton::fake_quantize", mutates_args=(), device_types="cpu", tags=_TAGS)
 def fake_quantize(
     weights: Sequence[Tensor],
     scale: Tensor,
@@ -111,7 +115,7 @@ def _(weights, scale, tables, per_channel, soft, straight_through, table_grad, d
     return [weight.new_empty(weight.shape, dtype=dtype or weight.dtype) for weight in weights]
 
 
-@torch.library.custom_op("gq_triton::fake_quantize_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("gq_triton::fake_quantize_backward", mutates_args=(), device_types="cpu", tags=_TAGS)
 def fake_quantize_backward(
     grads: Sequence[Tensor | None],
     weights: Sequence[Tensor],

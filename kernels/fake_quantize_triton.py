@@ -383,15 +383,15 @@ def _backward_kernel(
             mask = (row < bottom) & (column < end)
             w = tl.load(weight + row * weight_stride + column, mask=mask, other=0.0).to(tl.float32)
             g = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
-            x = w * inverse + (w - w)  # NaN where w is not finite
+            x, bad = w * inverse, w - w  # NaN where w is not finite; x overflows where the scale is tiny
             clamped, y, slope, cell, left, jump, sigma = _soft(x, table, lookup, k, mu, inverse_log, low, high, BITS)
             raised = jump * sigma
             spread = raised - raised * sigma
-            mixed = soft_share * slope * spread + straight_through + (x - x)
+            mixed = soft_share * slope * spread + straight_through + bad
             tl.store(dweight + row * dweight_stride + column, (g * mixed).to(WEIGHT), mask=mask)
             total += g * (left + raised - tl.where(clamped == x, x, 0.0) * mixed)
             if TABLE_GRAD:
-                g = g * s + (x - x)
+                g = g * s + bad
                 through = g * spread
                 inner = tl.where(clamped == x, through, 0.0)
                 inner_y += inner * y
@@ -519,14 +519,14 @@ def _plan(
     for member in sorted(members, key=lambda member: not aligned[member]):
         (rows, columns), offset = shapes[member], offsets[member]
         record, spans = _chunks_of(member, rows, columns, tile)
-        record[:, 5:] += torch.tensor([offset, int(per_channel), first_sum])
+        record[:, 5:] += torch.tensor([offset, int(per_channel), first_sum], device="cpu")
         records.append(record)
         sums = [spans, rows, rows] if per_channel else [spans * rows, 1, 1]
         scale_segments.append([first_sum, *sums, offset])
         table_segments.append([chunks * tail, len(record), tail, tail, (2 * member + 1) * 3 * levels - 1])
         chunks, first_sum = chunks + len(record), first_sum + spans * rows
         aligned_chunks += len(record) if aligned[member] else 0
-    segments = (torch.tensor(lists, dtype=torch.int64).to(device) for lists in (scale_segments, table_segments))
+    segments = (torch.tensor(lists, device="cpu").to(device) for lists in (scale_segments, table_segments))
     return _Plan(torch.cat(records).to(device), aligned_chunks, first_sum, *segments)
 
 
@@ -535,7 +535,8 @@ def _chunks_of(member: int, rows: int, columns: int, tile: Tile) -> tuple[Tensor
     widest = tile.chunk // (tile.rows * tile.columns) * tile.columns
     span = max(1, min(columns, widest))
     height = max(1, tile.chunk // (span * tile.rows)) * tile.rows
-    top, left = torch.meshgrid(torch.arange(0, rows, height), torch.arange(0, columns, span), indexing="ij")
+    starts = torch.arange(0, rows, height, device="cpu"), torch.arange(0, columns, span, device="cpu")
+    top, left = torch.meshgrid(*starts, indexing="ij")
     spans = left.shape[1]
     top, left = top.flatten(), left.flatten()
     bottom, right = (top + height).clamp(max=rows), (left + span).clamp(max=columns)
@@ -545,13 +546,13 @@ def _chunks_of(member: int, rows: int, columns: int, tile: Tile) -> tuple[Tensor
     ), spans
 
 
-_captured: list[tuple[Tensor, Tensor]] = []  # what CUDA graphs will read again whenever they are replayed
+_captured: list[tuple[_Plan, Tensor]] = []  # what CUDA graphs will read again whenever they are replayed
 
 
 @functools.lru_cache(maxsize=1024)
 def _uploaded(numbers: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     """``numbers`` on ``device``, and the page-locked memory from which they are copied while the CPU goes on."""
-    host = torch.tensor(numbers, dtype=torch.int64)
+    host = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     host = host.pin_memory() if device.type == "cuda" else host
     return host.to(device, non_blocking=True), host
 
@@ -564,22 +565,27 @@ def _layout(
     return shapes, tuple(None if some is None else all(m.aligned for m in some) for some in matrices)
 
 
-def _addresses(matrices: Sequence[Matrices | None], device: torch.device) -> Tensor:
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _addresses(matrices: Sequence[Matrices | None], plan: _Plan, device: torch.device) -> Tensor:
     """Address and row stride of each weight's matrices, on the device; of those left out, anything."""
     some = next(some for some in matrices if some is not None)
     numbers = tuple(number for own in matrices for m in own or some for number in (m.address, m.stride))
-    if device.type != "cuda":
-        return _uploaded(numbers, device, 0)[0]
-    pair = _uploaded(numbers, device, torch.cuda.current_stream(device).cuda_stream)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(pair)
-    return pair[0]
+    if not _capturing(device):
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return _uploaded(numbers, device, stream)[0]
+    # Not from the cache, nor into it: this copy is made by the graph's replay, and its target is the graph's memory.
+    addresses, host = _uploaded.__wrapped__(numbers, device, 0)
+    _captured.append((plan, host))
+    return addresses
 
 
 @functools.lru_cache(maxsize=16)
 def _identity(size: int, device: torch.device) -> Tensor:
-    """The interpreter multiplies bfloat16 wrongly."""
-    return torch.eye(size, dtype=torch.float32 if INTERPRETED else torch.bfloat16, device=device)
+    """Copied, so complete on every stream.  The interpreter multiplies bfloat16 wrongly."""
+    return torch.eye(size, dtype=torch.float32 if INTERPRETED else torch.bfloat16, device="cpu").to(device)
 
 
 def _bits(tables: Tensor) -> int:
@@ -615,7 +621,7 @@ def forward(
     with launching(weights[0]):
         plan = _plan(*_layout(weights, matrices), per_channel, 1 << bits, FORWARD, scale.device)
         tensors = scale.contiguous(), tables, _lookups(tables)
-        addresses = _addresses(matrices, scale.device)
+        addresses = _addresses(matrices, plan, scale.device)
         for chunks, align in ((plan.chunks[: plan.aligned], ALIGN), (plan.chunks[plan.aligned :], 1)):
             if len(chunks):
                 options = soft, bits, *types, align, FORWARD.rows, FORWARD.columns
@@ -653,7 +659,7 @@ def backward(
         scale_sums, tail = scale.new_empty(plan.rows), 3 * 2**bits + 1
         table_sums = tables.new_empty(len(plan.chunks) if table_grad else 0, tail)
         tensors = scale.contiguous(), tables, _lookups(tables), _identity(size, scale.device), scale_sums
-        addresses = _addresses(matrices, scale.device)
+        addresses = _addresses(matrices, plan, scale.device)
         for part, align in ((slice(plan.aligned), ALIGN), (slice(plan.aligned, None), 1)):
             if chunks := len(plan.chunks[part]):
                 options = straight_through, table_grad, bits, *types, align, tile.rows, tile.columns, size, HALVES

@@ -136,6 +136,8 @@ def test_an_empty_group():
         ({"forward": "firm"}, "forward must be one of 'hard', 'soft'"),
         ({"straight_through": 2.0}, "straight_through must lie in"),
         ({"dtype": torch.int8}, "dtype must be one of"),
+        ({"scale": torch.ones(15, device="meta")}, "scale must be on the weights' device, cpu, but is on meta"),
+        ({"centroids": torch.ones(3, 8, device="meta")}, "centroids must be on the weights' device"),
     ],
 )
 def test_wrong_groups_are_refused(change, message):

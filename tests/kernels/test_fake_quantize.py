@@ -442,6 +442,21 @@ def test_a_channel_without_scale_gives_zeros_and_finite_gradients(make_quantizer
     assert not implementation.forward(weight, scales * (scales > 1e-30), table, False)[2].any()
 
 
+@pytest.mark.parametrize("table_grad", [True, False])
+def test_a_weight_too_large_for_its_scale_gives_finite_gradients(make_quantizer, implementation, table_grad):
+    """weight / scale overflows; the weight is as clamped as any other."""
+    problem = make_quantizer(3, (2, 40))
+    weight, scale, table = inputs_of(problem, implementation.device)
+    scale[1] = 2e-38
+    weight[1, :2] = torch.tensor([1e4, -1e4])
+    dweight, *sums = implementation.backward(torch.ones_like(weight), weight, scale, table, 0.1, table_grad)
+    assert dweight.isfinite().all() and all(total.isfinite().all() for total in sums)
+    weight[1, :2] = torch.tensor([1.0, -1.0])
+    torch.testing.assert_close(
+        dweight, implementation.backward(torch.ones_like(weight), weight, scale, table, 0.1, table_grad)[0]
+    )
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_weight_that_is_not_finite_gives_nan(make_quantizer, implementation, bad):
     problem = make_quantizer(3)
@@ -659,6 +674,82 @@ def test_any_stride(make_quantizer, kernel_device, part, transposed):
     torch.testing.assert_close(actual[0][0], expected[0][0])
     torch.testing.assert_close(actual[1], expected[1])
     torch.testing.assert_close(actual[2], expected[2], rtol=1e-5, atol=1e-5)
+
+
+def launch(group, device):
+    weights, (scale, stacked) = [weight.to(device) for weight in group[0]], (tensor.to(device) for tensor in group[1:])
+    quantized = gpu.forward(weights, scale, stacked, True, True, None)
+    dweights, *sums = gpu.backward(weights, weights, scale, stacked, True, 0.1, True)
+    return [*quantized, *dweights, *sums]
+
+
+def test_launching_under_another_default_device(group, kernel_device):
+    expected = launch(group, kernel_device)
+    gpu._plan.cache_clear()
+    gpu._uploaded.cache_clear()
+    gpu._identity.cache_clear()
+    with torch.device("meta"):
+        actual = launch(group, kernel_device)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_what_is_copied_in_a_capture_is_for_the_graph_alone(group, kernel_device, monkeypatch):
+    """The copy is made when the graph is replayed: until then nobody else may read it."""
+    launch(group, kernel_device)
+    monkeypatch.setattr(gpu, "_captured", [])
+    monkeypatch.setattr(gpu, "_capturing", lambda device: True)
+    before = gpu._uploaded.cache_info()
+    launch(group, kernel_device)
+    assert gpu._uploaded.cache_info() == before
+    assert len(gpu._captured) == 2
+    assert all(plan.chunks.device == kernel_device and host.device.type == "cpu" for plan, host in gpu._captured)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_captured_in_a_cuda_graph(group):
+    weights, scale, stacked = [weight.cuda() for weight in group[0]], group[1].cuda(), group[2].cuda()
+
+    def step():
+        leaves = [tensor.detach().requires_grad_() for tensor in (*weights, scale, stacked)]
+        quantized = fq.fake_quantize(leaves[:-2], *leaves[-2:], True, True, 0.1, True, None)
+        used = [leaf for leaf in leaves if leaf.numel()]
+        return [*quantized, *torch.autograd.grad(sum(out.square().sum() for out in quantized), used)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    gpu._plan.cache_clear()
+    gpu._uploaded.cache_clear()
+    for _ in range(2):
+        for tensor in (*weights, scale):
+            tensor.mul_(1.1)
+        graph.replay()
+        expected = step()
+        assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_compiled_with_cuda_graphs(group):
+    scale, stacked = group[1].cuda(), group[2].cuda()
+
+    def step(weights):
+        return sum(
+            out.square().sum() for out in fq.fake_quantize(weights, scale, stacked, True, True, 0.1, False, None)
+        )
+
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        leaves = [torch.randn(weight.shape, device="cuda", requires_grad=True) for weight in group[0]]
+        used = [leaf for leaf in leaves if leaf.numel()]
+        torch.compiler.cudagraph_mark_step_begin()
+        actual, expected = (torch.autograd.grad(function(leaves), used) for function in (compiled, step))
+        for mine, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_launching_without_triton_is_a_clear_error(make_quantizer, monkeypatch):
