@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -409,15 +409,21 @@ def _values(case: dict) -> str:
     return ", ".join(map(str, case.values()))
 
 
-def options(command: Callable) -> Callable:
-    """The options that every benchmark has."""
-    output = click.option(
+def command(plans: Any, run: Callable[[Any, Path, torch.device], Path], about: str) -> click.Command:
+    """The command line of a benchmark: ``run(plan, folder, device)`` with ``plans.full(device)`` or its ``quick``."""
+
+    @click.command(help=about)
+    @click.option("--quick", is_flag=True, help="a couple of minutes instead of the full record")
+    @click.option(
         "--output",
         type=click.Path(path_type=Path, file_okay=False),
         help="folder of the record  [default: benchmarks/results/DEVICE; runs/benchmarks/DEVICE with --quick]",
     )
-    quick = click.option("--quick", is_flag=True, help="a couple of minutes instead of the full record")
-    return quick(output(command))
+    def main(quick: bool, output: Path | None) -> None:
+        device = training_device()
+        run(plans.quick(device) if quick else plans.full(device), folder(output, quick), device)
+
+    return main
 
 
 def folder(output: Path | None, quick: bool) -> Path:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import click
 import harness
 import peers
 import torch
@@ -27,7 +26,6 @@ from torch import Tensor
 from gq_triton import functional as F
 from gq_triton.kernels.fake_quantize import fake_quantize, reference
 from gq_triton.kernels.tables import build_tables, codebook
-from gq_triton.training.distributed import training_device
 
 MU, HARDNESS = 8.0, 4.0
 PLAIN_TENSORS = 8  # of one number for every weight and centroid, that the plain form holds at a time: 7.4 measured
@@ -84,15 +82,6 @@ class Plan:
             for passed in ("forward", *BACKWARDS)
         ]
         return [{"of": "tables", **case} for case in tables] + [{"of": "weight", **case} for case in weights]
-
-
-@click.command()
-@harness.options
-def main(quick: bool, output: Path | None) -> None:
-    """Measure the quantizer's operations."""
-    device = training_device()
-    plan = Plan.quick(device) if quick else Plan.full(device)
-    run(plan, harness.folder(output, quick), device)
 
 
 def run(plan: Plan, folder: Path, device: torch.device) -> Path:
@@ -340,4 +329,4 @@ def _rms(x: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    harness.command(Plan, run, "Measure the quantizer's operations.")()

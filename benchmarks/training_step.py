@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import click
 import harness
 import peers
 import torch
@@ -35,7 +34,6 @@ from torch.profiler import record_function
 import gq_triton as gq
 from gq_triton import grouping, quantizer
 from gq_triton.models.rnnt import RNNT, RNNTConfig
-from gq_triton.training.distributed import training_device
 from gq_triton.training.objective import TransducerObjective
 
 PLAIN_TENSORS = 8  # as in quantizer.py
@@ -111,15 +109,6 @@ def _workloads(*sizes: tuple[int, int]) -> tuple[Workload, ...]:
     kinds = ("small", 128, 40), ("base", 512, 80), ("conformer", 512, 80)
     pairs = zip(kinds, sizes, strict=False)
     return tuple(Workload(model, *size, vocabulary, features) for (model, vocabulary, features), size in pairs)
-
-
-@click.command()
-@harness.options
-def main(quick: bool, output: Path | None) -> None:
-    """Measure training steps."""
-    device = training_device()
-    plan = Plan.quick(device) if quick else Plan.full(device)
-    run(plan, harness.folder(output, quick), device)
 
 
 def run(plan: Plan, folder: Path, device: torch.device) -> Path:
@@ -294,4 +283,4 @@ def plain_group(
 
 
 if __name__ == "__main__":
-    main()
+    harness.command(Plan, run, "Measure training steps.")()

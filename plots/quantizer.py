@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import style
 from matplotlib.axes import Axes
 
@@ -27,16 +26,6 @@ PASSES = {
     "backward": "backward of weight and scale",
     "backward with centroids": "backward with centroids",
 }
-
-
-@click.command()
-@style.record_argument
-@style.output_option
-def main(record: Path, output: Path | None) -> None:
-    """Draw the figure of RECORD."""
-    path = style.target(record, output)
-    draw(style.read(record), path)
-    click.echo(path)
 
 
 def draw(record: dict, path: Path) -> None:
@@ -88,4 +77,4 @@ def series(results: dict, name: str, value: Callable[[dict], float]) -> tuple[li
 
 
 if __name__ == "__main__":
-    main()
+    style.command(draw)()

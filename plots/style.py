@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -49,16 +50,15 @@ def save(made: Figure, path: Path) -> None:
     plt.close(made)
 
 
-def read(record: Path) -> dict:
-    return json.loads(record.read_text())
+def command(draw: Callable[[dict, Path], None]) -> click.Command:
+    """The command line of a figure that ``draw`` draws from a record."""
 
+    @click.command(help="Draw the figure of RECORD.")
+    @click.argument("record", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+    @click.option("--output", type=click.Path(path_type=Path), help="of the figure  [default: plots/DEVICE/RECORD.png]")
+    def main(record: Path, output: Path | None) -> None:
+        path = output or Path(__file__).parent / record.parent.name / f"{record.stem}.png"
+        draw(json.loads(record.read_text()), path)
+        click.echo(path)
 
-record_argument = click.argument("record", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-output_option = click.option(
-    "--output", type=click.Path(path_type=Path), help="of the figure  [default: plots/DEVICE/RECORD.png]"
-)
-
-
-def target(record: Path, output: Path | None) -> Path:
-    """Where the figure of a record goes: beside those of its device."""
-    return output or Path(__file__).parent / record.parent.name / f"{record.stem}.png"
+    return main

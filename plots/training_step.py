@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
 import style
 from matplotlib.axes import Axes
 
@@ -23,16 +22,6 @@ KINDS = {
     "outside": style.PALE,
 }
 NAMES = {"float": "float", "gq": "GQ", "torchao": "torchao", "plain": "plain form"}
-
-
-@click.command()
-@style.record_argument
-@style.output_option
-def main(record: Path, output: Path | None) -> None:
-    """Draw the figure of RECORD."""
-    path = style.target(record, output)
-    draw(style.read(record), path)
-    click.echo(path)
 
 
 def draw(record: dict, path: Path) -> None:
@@ -85,4 +74,4 @@ def _title(model: str, settings: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    style.command(draw)()
