@@ -17,22 +17,33 @@ import math
 import torch
 from torch import Tensor
 
-from gq_triton.kernels.backend import jit, tl
-
-__all__ = ["PLANES", "load_codes", "pack", "packed_bytes", "unpack", "unpack_at", "unpack_range"]
+__all__ = [
+    "PLANES",
+    "pack",
+    "pack_plane",
+    "packed_bytes",
+    "split_planes",
+    "unpack",
+    "unpack_at",
+    "unpack_plane",
+    "unpack_range",
+]
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
 
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that ``count`` packed codes of ``bits`` bits take."""
-    return sum(-(-count * width // 8) for width in PLANES[bits])
+    return sum(_plane_bytes(count, bits))
 
 
-def plane_offsets(count: int, bits: int) -> list[int]:
-    """The byte at which each plane of ``count`` codes begins."""
-    sizes = [-(-count * width // 8) for width in PLANES[bits]]
-    return [sum(sizes[:plane]) for plane in range(len(sizes))]
+def split_planes(packed: Tensor, count: int, bits: int) -> tuple[Tensor, ...]:
+    """Views of the planes of ``count`` packed codes."""
+    return packed.split(_plane_bytes(count, bits))
+
+
+def _plane_bytes(count: int, bits: int) -> list[int]:
+    return [-(-count * width // 8) for width in PLANES[bits]]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -40,11 +51,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     flat, planes, remaining = codes.reshape(-1), [], bits
     for width in PLANES[bits]:
         remaining -= width
-        planes.append(_pack_plane((flat >> remaining) & (2**width - 1), width))
+        planes.append(pack_plane((flat >> remaining) & (2**width - 1), width))
     return torch.cat(planes)
 
 
-def _pack_plane(fields: Tensor, width: int) -> Tensor:
+def pack_plane(fields: Tensor, width: int) -> Tensor:
+    """Fields (1-D uint8, below 2**width) as the bytes of a plane."""
     per_byte = 8 // width
     padded = torch.nn.functional.pad(fields, (0, -fields.numel() % per_byte)).view(-1, per_byte)
     packed = padded[:, 0].clone()
@@ -61,46 +73,27 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 def unpack_range(packed: Tensor, bits: int, count: int, start: int, stop: int) -> Tensor:
     """Codes ``start`` to ``stop`` (1-D uint8) out of ``count`` packed ones; no other code is touched."""
     codes = torch.zeros(stop - start, dtype=torch.uint8, device=packed.device)
-    for width, offset in zip(PLANES[bits], plane_offsets(count, bits), strict=True):
-        per_byte = 8 // width
-        first, last = start // per_byte, -(-stop // per_byte)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        fields = (packed[offset + first : offset + last, None] >> shifts) & (2**width - 1)
-        skipped = start - first * per_byte
-        codes = (codes << width) | fields.view(-1)[skipped : skipped + stop - start]
+    for width, plane in zip(PLANES[bits], split_planes(packed, count, bits), strict=True):
+        codes = (codes << width) | unpack_plane(plane, width, start, stop)
     return codes
+
+
+def unpack_plane(plane: Tensor, width: int, start: int, stop: int) -> Tensor:
+    """Fields ``start`` to ``stop`` (1-D uint8) of a plane."""
+    per_byte = 8 // width
+    first, last = start // per_byte, -(-stop // per_byte)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
+    fields = (plane[first:last, None] >> shifts) & (2**width - 1)
+    skipped = start - first * per_byte
+    return fields.view(-1)[skipped : skipped + stop - start]
 
 
 def unpack_at(packed: Tensor, bits: int, count: int, index: Tensor) -> Tensor:
     """Codes (uint8, shape of ``index``) at the given flat positions (int64) out of ``count`` packed ones."""
     codes = torch.zeros(index.shape, dtype=torch.uint8, device=packed.device)
-    for width, offset in zip(PLANES[bits], plane_offsets(count, bits), strict=True):
+    for width, plane in zip(PLANES[bits], split_planes(packed, count, bits), strict=True):
         per_byte = 8 // width
         shift = (index % per_byte * width).to(torch.uint8)
-        fields = (packed[offset + index // per_byte] >> shift) & (2**width - 1)
+        fields = (plane[index // per_byte] >> shift) & (2**width - 1)
         codes = (codes << width) | fields
     return codes
-
-
-@jit
-def load_codes(packed, index, count, mask, BITS: tl.constexpr):
-    """Codes (int32) at flat positions ``index`` (int64) out of ``count`` packed ones, in a kernel; 0 where masked."""
-    code = tl.zeros(index.shape, tl.int32)
-    plane = packed
-    if BITS >= 4:
-        code = _load_fields(plane, index, mask, 4)
-        plane += (count + 1) // 2
-    if BITS == 8:
-        code = code * 16 + _load_fields(plane, index, mask, 4)
-    if BITS % 4 >= 2:
-        code = code * 4 + _load_fields(plane, index, mask, 2)
-        plane += (count + 3) // 4
-    if BITS % 2 == 1:
-        code = code * 2 + _load_fields(plane, index, mask, 1)
-    return code
-
-
-@jit
-def _load_fields(plane, index, mask, WIDTH: tl.constexpr):
-    byte = tl.load(plane + index // (8 // WIDTH), mask=mask, other=0).to(tl.int32)
-    return (byte >> (index % (8 // WIDTH) * WIDTH).to(tl.int32)) & ((1 << WIDTH) - 1)

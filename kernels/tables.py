@@ -72,9 +72,11 @@ __all__ = [
     "codebook",
     "compress",
     "expand",
+    "load_values",
     "reference",
     "snap",
     "split_table",
+    "stored_values",
     "thresholds",
 ]
 
@@ -171,6 +173,11 @@ def _round_to(values: Tensor, dtype: str | None) -> Tensor:
 def codebook(centroids: Tensor, mu: Tensor, dtype: str | None) -> Tensor:
     """The deployed values c (..., K), float64: expanded centroids (..., K), snapped; ``mu`` broadcasts to them."""
     return snap(expand(centroids.double(), mu.double()), dtype)
+
+
+def stored_values(codebook: Tensor) -> Tensor:
+    """The values, float32, of a codebook in its deployed dtype: float32, int8 or float8_e4m3fn."""
+    return codebook.float() / CODEBOOK_SCALES.get(codebook.dtype, 1.0)
 
 
 @torch.no_grad()
@@ -288,6 +295,18 @@ def _backward(
 # --- Triton -----------------------------------------------------------------------------------------------------------
 # One program per quantizer; lane i holds what belongs to centroid i or to cell i.  Literals are such that float32 holds
 # them.  Products and sums are not fused, so that codebooks round as on the CPU.
+
+
+@jit
+def load_values(codebook, codes):
+    """As `stored_values`, of the entries that ``codes`` name; an e4m3 codebook is passed as uint8."""
+    values = tl.load(codebook + codes)
+    if codebook.dtype.element_ty == tl.int8:
+        values = tl.div_rn(values.to(tl.float32), tl.full(values.shape, 127.0, tl.float32))
+    elif codebook.dtype.element_ty == tl.uint8:  # its exponent and mantissa where float32 has them; 2^112 for the bias
+        bits = (values.to(tl.int32) & 0x7F) << 20 | (values.to(tl.int32) & 0x80) << 24
+        values = bits.to(tl.float32, bitcast=True) * 5.192296858534828e33
+    return values
 
 
 @jit
