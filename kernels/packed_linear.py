@@ -1,172 +1,133 @@
 """Linear layer on packed low-bit weights.
 
-Mathematics.  With the codes of row n unpacked from bit planes (layout in `gq_triton.kernels.packing`),
+Mathematics.  With codes (N, K) of b bits, a codebook c of 2^b values, scales s (N,) and a bias b (N,),
 
-    y[m, n] = epilogue(s[n] * sum_k x[m, k] c[code[n, k]] + b[n])
+    p[m, n] = s[n] * sum_k x[m, k] c[code[n, k]] + b[n]          y = epilogue(p)
+
+where the epilogue is none, relu, silu, gelu (the exact one), tanh, sigmoid, or glu, which halves the output: the first
+half of p's columns times the sigmoid of the second.  The codebook is given as it is deployed: float32, int8 or float8,
+whose entry q stands for the value q / 127 or q / 256.  With 8-bit activations, x is quantized per token first
+(`gq_triton.kernels.activations`).
 
 The scale leaves the sum, so that the inner product runs on codebook values alone.  The float weight never exists as a
-whole: the CPU decodes a few rows at a time into its cache, the GPU decodes a tile into registers.  Only the backward
-pass, for whatever else is trained around a packed layer, decodes it whole: x and b get gradients, the packed weight
-none.
+whole: the CPU decodes a few rows at a time into its cache, the GPU decodes into registers.  NaN in x gives NaN in its
+row of y, infinity there infinities or NaN; K = 0 leaves the bias.
+
+Gradients.  With d = dL/dp, the epilogue's share done,
+
+    dx = (d * s) @ c[code]     db[n] = sum_m d[m, n]     G = d^T x     ds[n] = sum_k G[n, k] c[code[n, k]]
+    dc[i] = sum over (n, k) with code i of s[n] G[n, k]
+
+and the rounding of activations counts as the identity (straight-through).  Rows are decoded a block at a time here too.
+Sums run in a fixed order: dc is a product with one-hot codes, not a scatter.
+
+Two layouts of the codes: `gq_triton.kernels.packing`, and where ``tiled`` is set `gq_triton.kernels.tiles`.  A GPU
+wants the second, the CPU the first; the other one is converted in the call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gq_triton.kernels.backend import INTERPRETED, bound, cdiv, jit, launching, next_power_of_2, tl
-from gq_triton.kernels.packing import load_codes, unpack, unpack_range
+from gq_triton.kernels import activations as token_quantizer
+from gq_triton.kernels.backend import cdiv
+from gq_triton.kernels.packed_linear_triton import launch
+from gq_triton.kernels.packing import unpack, unpack_range
+from gq_triton.kernels.tables import stored_values
+from gq_triton.kernels.tiles import tile, untile
 
-__all__ = ["EPILOGUES", "packed_linear", "reference"]
+__all__ = ["EPILOGUES", "packed_linear", "prefers_dense", "reference"]
 
-EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
+
+class Epilogue(NamedTuple):
+    """A function of the last dimension, and its gradient from (gradient of the result, argument)."""
+
+    apply: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+_aten = torch.ops.aten
+EPILOGUES = {
+    "none": Epilogue(lambda p: p, lambda grad, p: grad),
+    "relu": Epilogue(torch.relu, lambda grad, p: _aten.threshold_backward(grad, p, 0)),
+    "silu": Epilogue(torch.nn.functional.silu, _aten.silu_backward),
+    "gelu": Epilogue(torch.nn.functional.gelu, _aten.gelu_backward),
+    "tanh": Epilogue(torch.tanh, lambda grad, p: _aten.tanh_backward(grad, p.tanh())),
+    "sigmoid": Epilogue(torch.sigmoid, lambda grad, p: _aten.sigmoid_backward(grad, p.sigmoid())),
+    "glu": Epilogue(torch.nn.functional.glu, lambda grad, p: _aten.glu_backward(grad, p, -1)),
 }
-_EPILOGUE_GRADS = {
-    "relu": lambda grad, before: torch.where(before > 0, grad, 0),
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": torch.ops.aten.gelu_backward,
-}
-CHUNK = 1 << 16  # weights decoded at a time on the CPU
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 20}  # weights decoded at a time: what a cache holds, what keeps a GPU busy
+DENSE_TOKENS = 256  # from here on a GPU's 16-bit product waits for arithmetic and no longer for the weight's bytes
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
 def reference(
-    x: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, bits: int, epilogue: str
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    epilogue: str = "none",
+    activations: str = "none",
 ) -> Tensor:
-    """The definition, in float64; ``scale`` (N,), ``values`` (K,) as numbers."""
+    """The definition, in float64, differentiable by autograd; arguments as in `packed_linear`."""
+    if activations != "none":
+        x = x + (token_quantizer.reference(x.float(), activations) - x).detach()
     codes = unpack(packed, bits, (scale.numel(), x.shape[-1]))
-    weight = scale.double().unsqueeze(1) * values.double()[codes.long()]
-    return EPILOGUES[epilogue](torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double()))
+    weight = scale.double().unsqueeze(1) * stored_values(codebook).double()[codes.long()]
+    bias = None if bias is None else bias.double()
+    return EPILOGUES[epilogue].apply(torch.nn.functional.linear(x.double(), weight, bias))
 
 
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
 
 def _forward_cpu(
-    x: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, bits: int, epilogue: str
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    epilogue: str,
+    activations: str,
+    tiled: bool,
 ) -> Tensor:
-    rows, features = scale.numel(), x.shape[-1]
-    work = x.reshape(math.prod(x.shape[:-1]), features).to(values.dtype)
-    out = work.new_zeros(work.shape[0], rows)
-    step = max(1, CHUNK // max(1, features))
-    for top in range(0, rows if out.numel() and features else 0, step):
+    tokens, values = _tokens(x, activations).float(), stored_values(codebook)
+    out = tokens.new_zeros(len(tokens), len(scale))
+    for part, codes in _blocks(packed, bits, out.shape[1], tokens.shape[1], tiled) if len(tokens) else ():
+        torch.mm(tokens, _look_up(values, codes).t(), out=out[:, part])
+    out = torch.mul(out, scale) if bias is None else torch.addcmul(bias.float(), out, scale)
+    out = EPILOGUES[epilogue].apply(out).to(x.dtype)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _tokens(x: Tensor, activations: str) -> Tensor:
+    """``x`` as a matrix, as the product sees it."""
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if activations == "none" else token_quantizer.quantize_activations(x, activations)
+
+
+def _blocks(packed: Tensor, bits: int, rows: int, columns: int, tiled: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of the weight, some at a time: which, and their codes (n, columns)."""
+    packed = untile(packed, bits, rows, columns) if tiled else packed
+    step = max(1, CHUNK[packed.device.type] // max(1, columns))
+    for top in range(0, rows if columns else 0, step):
         bottom = min(top + step, rows)
-        codes = unpack_range(packed, bits, rows * features, top * features, bottom * features)
-        block = values.index_select(0, codes.int()).view(-1, features)
-        torch.mm(work, block.t(), out=out[:, top:bottom])
-    out = torch.mul(out, scale) if bias is None else torch.addcmul(bias.to(out.dtype), out, scale)
-    return EPILOGUES[epilogue](out).to(x.dtype).view(*x.shape[:-1], rows)
+        codes = unpack_range(packed, bits, rows * columns, top * columns, bottom * columns)
+        yield slice(top, bottom), codes.view(-1, columns)
 
 
-# --- Triton -----------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _kernel(
-    x,  # (m, features), contiguous
-    packed,
-    values,
-    scale,
-    bias,
-    out,  # (m, rows)
-    m,
-    rows,
-    features,
-    count,  # rows * features
-    scale_stride,
-    HAS_BIAS: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One BLOCK_M x BLOCK_N tile of the output; weights are decoded where the product wants them."""
-    across = tl.cdiv(rows, BLOCK_N)
-    tile = tl.program_id(0).to(tl.int64)
-    row_m = (tile // across) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_n = (tile % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m, in_n = row_m < m, row_n < rows
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, bound(features), BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        in_k = column < features
-        inputs = tl.load(x + row_m[:, None] * features + column[None, :], mask=in_m[:, None] & in_k[None, :], other=0.0)
-        mask = in_k[:, None] & in_n[None, :]
-        codes = load_codes(packed, row_n[None, :] * features + column[:, None], count, mask, BITS)
-        units = tl.load(values + codes).to(x.dtype.element_ty)
-        total = tl.dot(inputs.to(OPERAND), units.to(OPERAND), total, input_precision="ieee")
-    y = total * tl.load(scale + row_n * scale_stride, mask=in_n, other=0.0)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias + row_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    if EPILOGUE == "relu":
-        y = tl.where(y < 0.0, 0.0, y)
-    elif EPILOGUE == "silu":
-        y = y * tl.sigmoid(y)
-    elif EPILOGUE == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    tl.store(
-        out + row_m[:, None] * rows + row_n[None, :], y.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :]
-    )
-
-
-# --- launcher ---------------------------------------------------------------------------------------------------------
-
-_OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def choose_blocks(m: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K) that fit the registers; float32 products, outside tensor cores, take more of them."""
-    exact = dtype == torch.float32
-    height = max(16, min(32 if exact else 64, next_power_of_2(m)))
-    return height, 32, 32 if exact or height == 64 else 64
-
-
-def _launch(
-    x: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, bits: int, epilogue: str
-) -> Tensor:
-    rows, features = scale.numel(), x.shape[-1]
-    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    m = out.numel() // rows
-    blocks = choose_blocks(m, x.dtype)
-    operand = tl.float32 if INTERPRETED else getattr(tl, _OPERANDS[x.dtype])  # numpy has no bfloat16
-    grid = (cdiv(m, blocks[0]) * cdiv(rows, blocks[1]),)
-    tensors = (
-        x.contiguous(),
-        packed.contiguous(),
-        values.contiguous(),
-        scale,
-        scale if bias is None else bias.contiguous(),
-        out,
-    )
-    with launching(x):
-        _kernel[grid](
-            *tensors,
-            m,
-            rows,
-            features,
-            rows * features,
-            scale.stride(0),
-            bias is not None,
-            epilogue,
-            operand,
-            bits,
-            *blocks,
-        )
-    return out
+def _look_up(values: Tensor, codes: Tensor) -> Tensor:
+    return values.index_select(0, codes.view(-1).int()).view(codes.shape)
 
 
 # --- operator ---------------------------------------------------------------------------------------------------------
@@ -174,44 +135,151 @@ def _launch(
 
 @torch.library.custom_op("gq_triton::packed_linear", mutates_args=(), device_types="cpu")
 def packed_linear(
-    x: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, bits: int, epilogue: str
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    epilogue: str,
+    activations: str,
+    tiled: bool,
 ) -> Tensor:
-    """(..., N) in the dtype of ``x``.
+    """(..., N), or (..., N / 2) after glu, in the dtype of ``x``.
 
     Args:
-        x: (..., K), any floating dtype.
-        packed: uint8, the N * K codes of the weight.
-        values: (2**bits,) float32 codebook values.
+        x: (..., K), float32, bfloat16 or float16; sums are taken in float32.
+        packed: uint8, the N * K codes of the weight, in the layout that ``tiled`` says.
+        codebook: (2**bits,), float32, int8 or float8_e4m3fn; tensor cores take its entries in the dtype of ``x``.
         scale: (N,) float32.
         bias: (N,), any floating dtype, or None.
         bits: width of a code.
         epilogue: a key of `EPILOGUES`.
+        activations: "none", "int8" or "fp8".
+        tiled: the layout of ``packed``: that of `gq_triton.kernels.tiles`, or of `gq_triton.kernels.packing`.
     """
-    return _forward_cpu(x, packed, values, scale, bias, bits, epilogue)
+    return _forward_cpu(x, packed, codebook, scale, bias, bits, epilogue, activations, tiled)
 
 
-packed_linear.register_kernel("cuda")(_launch)
+@packed_linear.register_kernel("cuda")
+def _(x, packed, codebook, scale, bias, bits, epilogue, activations, tiled):
+    tiles = packed if tiled else tile(packed, bits, scale.numel(), x.shape[-1])
+    return launch(x, tiles, codebook, scale, bias, bits, epilogue, activations)
 
 
 @packed_linear.register_fake
-def _(x, packed, values, scale, bias, bits, epilogue):
-    return x.new_empty(*x.shape[:-1], scale.shape[0])
+def _(x, packed, codebook, scale, bias, bits, epilogue, activations, tiled):
+    rows = scale.shape[0]
+    return x.new_empty(*x.shape[:-1], rows // 2 if epilogue == "glu" else rows)
+
+
+def prefers_dense(tokens: int, activations: str, device: torch.device) -> bool:
+    """Whether a product with a dense copy of the weight is taken to be faster than one with the packed weight.
+
+    On the CPU it always is: the product runs on floats in either case, and a copy saves the decoding.  On a GPU it is
+    where arithmetic and not memory is the limit, unless that is done on bytes.
+    """
+    return device.type == "cpu" or (activations == "none" and tokens >= DENSE_TOKENS)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gq_triton::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    epilogue: str,
+    activations: str,
+    tiled: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of x, codebook, scale and bias, those that are ``wanted``, given that of the output.
+
+    The other arguments are those of `packed_linear`. An operator of its own, so that a compiled graph has one node in
+    place of a loop over the weight's rows; it has no derivative.
+    """
+    if epilogue != "none":
+        before = packed_linear(x, packed, codebook, scale, bias, bits, "none", activations, tiled)
+        grad = EPILOGUES[epilogue].gradient(grad.float(), before.float())
+    grad = _operand(grad.reshape(math.prod(x.shape[:-1]), len(scale)), x)
+    tokens = _operand(_tokens(x, activations), x)
+    weight = packed, stored_values(codebook), scale, bits, tiled
+    gradients = (
+        lambda: _input_gradient(grad, tokens, *weight).view(x.shape).to(x.dtype, copy=True),
+        lambda: _codebook_gradient(grad, tokens, *weight),
+        lambda: _scale_gradient(grad, tokens, *weight),
+        lambda: grad.sum(0, dtype=torch.float32).to(bias.dtype),
+    )
+    return [gradient() for gradient, want in zip(gradients, wanted, strict=True) if want]
+
+
+@packed_linear_backward.register_fake
+def _(grad, x, packed, codebook, scale, bias, bits, epilogue, activations, tiled, wanted):
+    tensors = x, codebook, scale, bias
+    return [tensor.new_empty(tensor.shape) for tensor, want in zip(tensors, wanted, strict=True) if want]
+
+
+def _operand(matrix: Tensor, x: Tensor) -> Tensor:
+    """A matrix in the dtype that products with ``x`` are taken in: its own on a GPU, float32 on the CPU."""
+    return matrix.to(x.dtype if x.is_cuda else torch.float32)
+
+
+def _input_gradient(
+    grad: Tensor, tokens: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, tiled: bool
+) -> Tensor:
+    total = tokens.new_zeros(tokens.shape, dtype=torch.float32)  # contiguous, unlike `tokens` perhaps
+    for part, codes in _blocks(packed, bits, grad.shape[1], tokens.shape[1], tiled):
+        weight = scale[part, None] * _look_up(values, codes)
+        total += grad[:, part] @ weight.to(grad.dtype)
+    return total
+
+
+def _codebook_gradient(
+    grad: Tensor, tokens: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, tiled: bool
+) -> Tensor:
+    total = torch.zeros_like(values)
+    for part, codes in _blocks(packed, bits, grad.shape[1], tokens.shape[1], tiled):
+        product = (grad[:, part].t() @ tokens).float()
+        total += _sums_by_code(product * scale[part, None], codes, len(values))
+    return total
+
+
+def _scale_gradient(
+    grad: Tensor, tokens: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, tiled: bool
+) -> Tensor:
+    total = torch.zeros(len(scale), dtype=torch.float32, device=scale.device)
+    for part, codes in _blocks(packed, bits, grad.shape[1], tokens.shape[1], tiled):
+        product = (grad[:, part].t() @ tokens).float()
+        total[part] = (product * _look_up(values, codes)).sum(1)
+    return total
+
+
+def _sums_by_code(terms: Tensor, codes: Tensor, levels: int) -> Tensor:
+    """The sum of ``terms`` for each code: a product of one-hot digits to base 16, whose order of summation is fixed."""
+    codes, digit = codes.view(-1, 1), torch.arange(16, device=codes.device)
+    low = (codes % 16 == digit[:levels]) * terms.view(-1, 1)
+    high = (codes // 16 == digit[: cdiv(levels, 16)]).to(terms.dtype)
+    return (high.t() @ low).view(levels)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.bits, ctx.epilogue = inputs
+    *tensors, ctx.bits, ctx.epilogue, ctx.activations, ctx.tiled = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    x, packed, values, scale, bias = ctx.saved_tensors
-    if ctx.epilogue != "none":
-        before = packed_linear(x, packed, values, scale, bias, ctx.bits, "none")
-        grad = _EPILOGUE_GRADS[ctx.epilogue](grad, before)
-    weight = values[unpack(packed, ctx.bits, (scale.shape[0], x.shape[-1])).int()]
-    dx = ((grad.to(values.dtype) * scale) @ weight).to(x.dtype)
-    dbias = None if bias is None else grad.to(values.dtype).sum(tuple(range(grad.dim() - 1))).to(bias.dtype)
-    return dx, None, None, None, dbias, None, None
+    needs_x, _, *needs_weight = ctx.needs_input_grad[:5]
+    wanted = [needs_x, *needs_weight]
+    options = ctx.bits, ctx.epilogue, ctx.activations, ctx.tiled
+    found = iter(packed_linear_backward(grad, *ctx.saved_tensors, *options, wanted))
+    dx, dcodebook, dscale, dbias = (next(found) if want else None for want in wanted)
+    return dx, None, dcodebook, dscale, dbias, None, None, None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_setup_context)
