@@ -1,7 +1,10 @@
 """Embedding look-up in a packed low-bit table.
 
-Mathematics.  out[i, d] = s[index[i]] * c[code[index[i], d]], one float32 product, with the codes of a row unpacked from
-bit planes (layout in `gq_triton.kernels.packing`).  Only the rows asked for are decoded.
+Mathematics.  out[i, d] = s[index[i]] * c[code[index[i], d]], one float32 product; a subnormal s counts as 0.  Only the
+rows asked for are decoded: out of bit planes on the CPU (layout in `gq_triton.kernels.packing`), out of tiles on a GPU
+(`gq_triton.kernels.tiles`).  Asked for every row, this decodes a whole weight.
+
+Bytes that must move: the indices and the codes asked for once, the output once.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor
 
 from gq_triton.kernels.backend import cdiv, jit, launching, next_power_of_2, tl
-from gq_triton.kernels.packing import load_codes, unpack, unpack_at
+from gq_triton.kernels.packing import unpack, unpack_at
+from gq_triton.kernels.tables import load_values, stored_values
+from gq_triton.kernels.tiles import ROW_BLOCK, load_tiled, row_blocks, tile, untile
 
 __all__ = ["packed_embedding", "reference"]
 
@@ -18,25 +23,40 @@ __all__ = ["packed_embedding", "reference"]
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
-def reference(indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, embedding_dim: int) -> Tensor:
-    """The definition; ``scale`` (rows,), ``values`` (K,) as numbers."""
+def reference(
+    indices: Tensor, packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, embedding_dim: int
+) -> Tensor:
+    """The definition, on bit planes."""
     codes = unpack(packed, bits, (scale.numel(), embedding_dim))
-    return (scale.unsqueeze(1) * values[codes.long()])[indices]
+    return (_flushed(scale).unsqueeze(1) * stored_values(codebook)[codes.long()])[indices]
+
+
+def _flushed(scale: Tensor) -> Tensor:
+    return torch.where(scale.abs() < torch.finfo(scale.dtype).tiny, 0.0, scale)
 
 
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
 
 def _forward_cpu(
-    indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, embedding_dim: int
+    indices: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bits: int,
+    embedding_dim: int,
+    tiled: bool,
+    groups: int,
 ) -> Tensor:
-    if indices.numel() and not 0 <= indices.min() <= indices.max() < scale.numel():
+    rows = scale.numel()
+    if indices.numel() and not 0 <= indices.min() <= indices.max() < rows:
         low, high = indices.min().item(), indices.max().item()
-        raise IndexError(f"indices must lie in [0, {scale.numel()}), got values from {low} to {high}")
+        raise IndexError(f"indices must lie in [0, {rows}), got values from {low} to {high}")
+    packed = untile(packed, bits, rows, embedding_dim, groups) if tiled else packed
     position = indices.unsqueeze(-1).long() * embedding_dim + torch.arange(embedding_dim)
-    codes = unpack_at(packed, bits, scale.numel() * embedding_dim, position)
-    units = values.index_select(0, codes.view(-1).int()).view(position.shape)
-    return scale.index_select(0, indices.reshape(-1)).view(*indices.shape, 1) * units
+    codes = unpack_at(packed, bits, rows * embedding_dim, position)
+    units = stored_values(codebook).index_select(0, codes.view(-1).int()).view(position.shape)
+    return _flushed(scale.index_select(0, indices.reshape(-1))).view(*indices.shape, 1) * units
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
@@ -45,13 +65,15 @@ def _forward_cpu(
 @jit
 def _kernel(
     indices,
-    packed,
-    values,
+    tiles,
+    codebook,
     scale,
     out,  # (count, embedding_dim)
     rows,
     embedding_dim,
-    count,  # rows * embedding_dim
+    blocks,  # of rows, in the tiles
+    group_rows,
+    group_span,  # rows of a group with their padding
     scale_stride,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -60,29 +82,45 @@ def _kernel(
     across = tl.cdiv(embedding_dim, BLOCK)
     program = tl.program_id(0).to(tl.int64)
     position = program // across
-    column = (program % across) * BLOCK + tl.arange(0, BLOCK)
+    column = (program % across).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     mask = column < embedding_dim
     index = tl.load(indices + position).to(tl.int64)
     valid = (index >= 0) & (index < rows)
     index = tl.where(valid, index, 0)
-    codes = load_codes(packed, index * embedding_dim + column, count, mask, BITS)
-    row = tl.load(values + codes) * tl.load(scale + index * scale_stride)
-    tl.store(out + position * embedding_dim + column, tl.where(valid, row, float("nan")), mask=mask)
+    row = index // group_rows * group_span + index % group_rows
+    codes = load_tiled(tiles, row, column, blocks, embedding_dim, mask, BITS)
+    factor = tl.load(scale + index * scale_stride)
+    factor = tl.where(tl.abs(factor) < 1.1754943508222875e-38, 0.0, factor)
+    result = tl.where(valid, factor * load_values(codebook, codes), float("nan"))
+    tl.store(out + position * embedding_dim + column, result, mask=mask)
 
 
 # --- launcher ---------------------------------------------------------------------------------------------------------
 
 
-def _launch(indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, embedding_dim: int) -> Tensor:
-    out = torch.empty(*indices.shape, embedding_dim, device=indices.device)
+def _launch(
+    indices: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bits: int,
+    embedding_dim: int,
+    tiled: bool,
+    groups: int,
+) -> Tensor:
+    out = torch.empty(*indices.shape, embedding_dim, dtype=torch.float32, device=indices.device)
     if not out.numel():
         return out
+    rows = scale.numel()
+    tiles = packed if tiled else tile(packed, bits, rows, embedding_dim, groups)
+    if codebook.dtype == torch.float8_e4m3fn:  # which not every GPU knows
+        codebook = codebook.view(torch.uint8)
+    blocks = row_blocks(rows, groups)
+    sizes = rows, embedding_dim, blocks, rows // groups, blocks // groups * ROW_BLOCK, scale.stride(0)
     block = min(1024, next_power_of_2(embedding_dim))
     grid = (indices.numel() * cdiv(embedding_dim, block),)
-    tensors = indices.contiguous(), packed.contiguous(), values.contiguous(), scale, out
     with launching(indices):
-        sizes = scale.numel(), embedding_dim, scale.numel() * embedding_dim, scale.stride(0)
-        _kernel[grid](*tensors, *sizes, bits, block)
+        _kernel[grid](indices.contiguous(), tiles.contiguous(), codebook.contiguous(), scale, out, *sizes, bits, block)
     return out
 
 
@@ -91,24 +129,34 @@ def _launch(indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits
 
 @torch.library.custom_op("gq_triton::packed_embedding", mutates_args=(), device_types="cpu")
 def packed_embedding(
-    indices: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, embedding_dim: int
+    indices: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bits: int,
+    embedding_dim: int,
+    tiled: bool,
+    groups: int,
 ) -> Tensor:
     """(..., embedding_dim) float32.
 
     Args:
         indices: (...) int32 or int64; one outside [0, rows) raises on the CPU and gives NaN on a GPU.
         packed: uint8, the rows * embedding_dim codes of the table.
-        values: (2**bits,) float32 codebook values.
+        codebook: (2**bits,) in its deployed dtype: float32, int8 or float8_e4m3fn.
         scale: (rows,) float32.
         bits: width of a code.
         embedding_dim: codes per row.
+        tiled: whether ``packed`` is in tiles rather than bit planes. The layout that the device does not read is
+            converted in the call.
+        groups: of rows, in tiles.
     """
-    return _forward_cpu(indices, packed, values, scale, bits, embedding_dim)
+    return _forward_cpu(indices, packed, codebook, scale, bits, embedding_dim, tiled, groups)
 
 
 packed_embedding.register_kernel("cuda")(_launch)
 
 
 @packed_embedding.register_fake
-def _(indices, packed, values, scale, bits, embedding_dim):
-    return values.new_empty(*indices.shape, embedding_dim)
+def _(indices, packed, codebook, scale, bits, embedding_dim, tiled, groups):
+    return scale.new_empty(*indices.shape, embedding_dim)
