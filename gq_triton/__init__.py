@@ -24,10 +24,12 @@ if not (_ROOT / "kernels").exists() and (_ROOT.parent / "kernels" / "__init__.py
 from gq_triton import functional  # noqa: E402
 from gq_triton.anneal import Annealer, param_groups  # noqa: E402
 from gq_triton.config import GQConfig  # noqa: E402
+from gq_triton.dense import allow_dense  # noqa: E402
 from gq_triton.packed_file import PackedFileError, load_packed, read_metadata, save_packed  # noqa: E402
 from gq_triton.quantize import quantize_  # noqa: E402
 from gq_triton.quantizer import WeightQuantizer  # noqa: E402
 from gq_triton.report import Report, report  # noqa: E402
+from gq_triton.tuning import load_tuned  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -37,8 +39,10 @@ __all__ = [
     "PackedFileError",
     "Report",
     "WeightQuantizer",
+    "allow_dense",
     "functional",
     "load_packed",
+    "load_tuned",
     "param_groups",
     "quantize_",
     "read_metadata",

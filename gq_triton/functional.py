@@ -15,10 +15,13 @@ from torch import Tensor
 
 from gq_triton.kernels import activations as _activations
 from gq_triton.kernels import fake_quantize as _fake_quantize
+from gq_triton.kernels import packed_conv as _packed_conv
 from gq_triton.kernels import packed_embedding as _packed_embedding
 from gq_triton.kernels import packed_linear as _packed_linear
+from gq_triton.kernels import packed_recurrent as _packed_recurrent
 from gq_triton.kernels import packing as _packing
 from gq_triton.kernels import tables as _tables
+from gq_triton.kernels import tiles as _tiles
 
 __all__ = [
     "codebook",
@@ -27,14 +30,20 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_group",
     "pack",
+    "packed_depthwise_conv1d",
     "packed_embedding",
     "packed_linear",
+    "packed_recurrent",
     "quantize_activations",
+    "tile",
     "unpack",
+    "untile",
 ]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 _LEVELS = tuple(2**bits for bits in range(1, 9))
+_EPILOGUES = tuple(name for name in _packed_linear.EPILOGUES if name != "none")
 
 
 def fake_quantize(
@@ -190,6 +199,29 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return _packing.unpack(packed, bits, tuple(shape))
 
 
+def tile(packed: Tensor, bits: int, rows: int, columns: int, groups: int = 1) -> Tensor:
+    """Codes made by `pack` in the layout that a GPU's kernels want (`kernels.tiles`), 1-D uint8, on the same device.
+
+    Args:
+        packed: uint8, the codes of a ``(rows, columns)`` weight.
+        bits: width of a code, 1 to 8.
+        rows, columns: of the weight; of one with more dimensions, the first and all others.
+        groups: into how many equal groups the rows fall; each is padded to 16 rows by itself.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype or size, or where ``groups`` does not divide ``rows``.
+    """
+    _check_packed(packed, bits, rows * columns)
+    return _tiles.tile(packed, bits, rows, columns, groups)
+
+
+def untile(tiles: Tensor, bits: int, rows: int, columns: int, groups: int = 1) -> Tensor:
+    """The packed codes, 1-D uint8, of a tensor made by `tile` with the same other arguments."""
+    _check_bits(bits)
+    _check_bytes("tiles", tiles, bits, rows * columns, _tiles.tiled_bytes(rows, columns, bits, groups))
+    return _tiles.untile(tiles, bits, rows, columns, groups)
+
+
 def quantize_activations(x: Tensor, dtype: str) -> Tensor:
     """Fake-quantize ``x`` (..., features) to ``dtype`` ("int8" or "fp8") with one dynamic scale per token, max|x| / 127
     or / 448.
@@ -215,6 +247,7 @@ def packed_linear(
     out_features: int | None = None,
     activations: str | None = None,
     epilogue: str | None = None,
+    tiled: bool = False,
 ) -> Tensor:
     """``epilogue(x @ (scale[:, None] * codebook[codes]).T + bias)`` without ever forming the float weight.
 
@@ -223,33 +256,103 @@ def packed_linear(
         packed: uint8, the packed codes of the ``(out_features, in_features)`` weight.
         codebook: ``(2**bits,)`` float32 values, or as deployed: int8 (value q / 127) or float8_e4m3fn (value q / 256).
         scale: ``(out_features,)`` or ``(1,)`` float32.
-        bias: ``(out_features,)`` or None.
+        bias: ``(out_features,)``, float32, bfloat16 or float16, or None.
         bits: width of a code, 1 to 8.
         in_features: columns of the weight.
         out_features: rows of the weight; may be left out where ``scale`` or ``bias`` has one entry per row.
-        activations: None, ``"int8"`` or ``"fp8"``: how `quantize_activations` treats ``x`` first.
-        epilogue: None, ``"relu"``, ``"silu"`` or ``"gelu"``.
+        activations: None, ``"int8"`` or ``"fp8"``: how `quantize_activations` treats ``x`` first. On a GPU, 8-bit
+            activations and a codebook of the same kind are multiplied as such.
+        epilogue: None, ``"relu"``, ``"silu"``, ``"gelu"``, ``"tanh"``, ``"sigmoid"``, or ``"glu"``, which makes one
+            output of rows n and n + out_features / 2: the first times the sigmoid of the second.
+        tiled: whether ``packed`` comes from `tile`, as a GPU wants it, or from `pack`, as the CPU does. Every device
+            takes either, but converts the other one in each call.
 
     Returns:
-        ``(..., out_features)`` in the dtype of ``x``. Gradients reach ``x`` and ``bias``.
+        ``(..., out_features)``, or half of it for ``"glu"``, in the dtype of ``x``. Gradients reach ``x``, ``bias``,
+        ``scale`` and a float32 ``codebook``, once: they cannot be differentiated again. They pass straight through the
+        rounding of activations.
 
     Raises:
-        TypeError, ValueError: on a wrong dtype, a shape that does not fit, or an unknown option.
+        TypeError, ValueError: on a wrong dtype or device, a shape that does not fit, or an unknown option.
     """
-    _check_dtype("x", x, torch.float32, torch.bfloat16, torch.float16)
+    _check_dtype("x", x, *_COMPUTED)
     _check_option("activations", activations, (None, *_activations.LIMITS))
-    _check_option("epilogue", epilogue, (None, "relu", "silu", "gelu"))
+    _check_option("epilogue", epilogue, (None, *_EPILOGUES))
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must have in_features = {in_features} as its last dimension, got shape {tuple(x.shape)}")
     out_features = out_features or _row_count(scale, bias)
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
-    scale = _expand_scale(scale, out_features)
-    _check_packed(packed, bits, out_features * in_features)
-    values = _check_codebook(codebook, bits)
-    if activations is not None:
-        x = quantize_activations(x, activations)
-    return _packed_linear.packed_linear(x, packed, values, scale, bias, bits, epilogue or "none")
+    if epilogue == "glu" and out_features % 2:
+        raise ValueError(f"out_features must be even for the epilogue 'glu', which halves them, got {out_features}")
+    if bias is not None:
+        _check_dtype("bias", bias, *_COMPUTED)
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
+    scale = _check_weight(packed, codebook, scale, bits, out_features, in_features, tiled)
+    _check_devices(x, packed=packed, codebook=codebook, scale=scale, bias=bias)
+    options = bits, epilogue or "none", activations or "none", tiled
+    return _packed_linear.packed_linear(x, packed, codebook, scale, bias, *options)
+
+
+def packed_depthwise_conv1d(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    kernel_size: int,
+    out_channels: int | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    tiled: bool = False,
+) -> Tensor:
+    """``nn.Conv1d`` with one group per channel on packed weights, padded with zeros.
+
+    Args:
+        x: ``(B, C, T)`` or ``(C, T)``, float32, bfloat16 or float16, any stride; sums are taken in float32.
+        packed: uint8, the packed codes of the ``(out_channels, 1, kernel_size)`` weight.
+        codebook, bits, tiled: as in `packed_linear`.
+        scale: ``(out_channels,)`` or ``(1,)`` float32.
+        bias: ``(out_channels,)``, float32, bfloat16 or float16, or None.
+        kernel_size, stride, padding, dilation: in steps of time; the padding is on either side.
+        out_channels: a multiple of C; may be left out where ``scale`` or ``bias`` has one entry per channel.
+
+    Returns:
+        ``(B, out_channels, T')`` or ``(out_channels, T')`` in the dtype of ``x``, with channels adjacent in memory
+        where they are in ``x``; T' is ``(T + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1``. Gradients
+        reach ``x``, ``bias``, ``scale`` and a float32 ``codebook``.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype or device, a shape that does not fit, or an option out of range.
+    """
+    _check_dtype("x", x, *_COMPUTED)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must have shape (B, C, T) or (C, T), got {tuple(x.shape)}")
+    least = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "dilation": (dilation, 1), "padding": (padding, 0)}
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    channels, length = x.shape[-2:]
+    if length + 2 * padding <= dilation * (kernel_size - 1):
+        raise ValueError(
+            f"x must be at least {dilation * (kernel_size - 1) + 1 - 2 * padding} long in time for a kernel of "
+            f"{kernel_size} taps, dilation {dilation} and padding {padding}, got {length}"
+        )
+    out_channels = out_channels or _row_count(scale, bias)
+    if channels < 1 or out_channels % channels:
+        raise ValueError(f"out_channels must be a multiple of the {channels} channels of x, got {out_channels}")
+    if bias is not None:
+        _check_dtype("bias", bias, *_COMPUTED)
+        if bias.shape != (out_channels,):
+            raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
+    scale = _check_weight(packed, codebook, scale, bits, out_channels, kernel_size, tiled)
+    _check_devices(x, packed=packed, codebook=codebook, scale=scale, bias=bias)
+    sequences = x if x.dim() == 3 else x.unsqueeze(0)
+    options = bits, kernel_size, stride, padding, dilation, tiled
+    y = _packed_conv.packed_depthwise_conv1d(sequences, packed, codebook, scale, bias, *options)
+    return y if x.dim() == 3 else y.squeeze(0)
 
 
 def packed_embedding(
@@ -261,26 +364,82 @@ def packed_embedding(
     bits: int,
     embedding_dim: int,
     num_embeddings: int | None = None,
+    tiled: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """Rows ``indices`` of the packed table: ``scale[i] * codebook[codes[i]]``, ``(..., embedding_dim)`` float32.
 
     Args:
         indices: any shape, int32 or int64. One out of range raises IndexError on the CPU and gives NaN on a GPU.
         packed: uint8, the packed codes of the ``(num_embeddings, embedding_dim)`` table.
-        codebook, bits: as in `packed_linear`.
+        codebook, bits, tiled: as in `packed_linear`.
         scale: ``(num_embeddings,)`` or ``(1,)`` float32.
         embedding_dim: entries of a row.
         num_embeddings: rows of the table; may be left out where ``scale`` has one entry per row.
+        groups: where ``tiled``, as given to `tile`.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, a shape that does not fit, or an unknown option.
     """
     _check_dtype("indices", indices, torch.int32, torch.int64)
     num_embeddings = num_embeddings or _row_count(scale, None)
-    scale = _expand_scale(scale, num_embeddings)
-    _check_packed(packed, bits, num_embeddings * embedding_dim)
-    values = _check_codebook(codebook, bits)
-    return _packed_embedding.packed_embedding(indices, packed, values, scale, bits, embedding_dim)
+    scale = _check_weight(packed, codebook, scale, bits, num_embeddings, embedding_dim, tiled, groups)
+    return _packed_embedding.packed_embedding(indices, packed, codebook, scale, bits, embedding_dim, tiled, groups)
+
+
+def packed_recurrent(
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[tuple[Tensor, Tensor, Tensor]],
+    biases: Sequence[Tensor] = (),
+    *,
+    bits: Sequence[int],
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    tiled: bool = False,
+) -> list[Tensor]:
+    """One layer of an LSTM or GRU in one direction, on packed weights; with the gates in ``nn.LSTM``'s order.
+
+    Args:
+        x: ``(T, B, K)``, or ``(N, K)`` with ``batch_sizes``; float32, bfloat16 or float16; T at least 1.
+        states: the first states in the dtype of ``x``: ``[h, c]``, ``(B, P)`` and ``(B, H)``, of an LSTM; ``[h]``,
+            ``(B, H)``, of a GRU. P is H but for an LSTM with a projection.
+        weights: codes, codebook and scale, as in `packed_linear`, of weight_ih ``(G H, K)``, of weight_hh ``(G H, P)``
+            and, with a projection, of weight_hr ``(P, H)``; G is 4 for an LSTM and 3 for a GRU.
+        biases: bias_ih and bias_hh, ``(G H,)``, float32, bfloat16 or float16; or none.
+        bits: width of a code, 1 to 8, of each weight.
+        batch_sizes: ``(T,)`` int64 on the CPU, the number of sequences at each step, as in torch's PackedSequence.
+        reverse: whether time runs backwards; the output stays in the order of ``x``.
+        tiled: whether codes come from `tile`, in G groups (those of weight_hr in one), or from `pack`.
+
+    Returns:
+        The hidden states of all steps, ``(T, B, P)`` or ``(N, P)``, and the last states, in the dtype of ``x``.
+        Gradients reach ``x``, ``states``, ``biases``, scales and float32 codebooks.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype or device, or a shape that does not fit.
+    """
+    _check_dtype("x", x, *_COMPUTED)
+    if x.dim() != (3 if batch_sizes is None else 2) or x.shape[0] == 0:
+        expected = "(T, B, K) with T > 0, or (N, K) with batch_sizes"
+        raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
+    batch = x.shape[1] if batch_sizes is None else _check_batch_sizes(batch_sizes, x.shape[0])
+    _check_states(states, batch, x.dtype)
+    shapes = _packed_recurrent.weight_shapes(x.shape[-1], list(states))
+    fewest = 2 if states[0].shape == states[-1].shape else 3
+    if len(weights) != len(bits) or not fewest <= len(weights) <= len(states) + 1:
+        raise ValueError(
+            "weights and bits must be those of weight_ih, weight_hh and, with a projection, weight_hr, for states of "
+            f"sizes {[state.shape[1] for state in states]}; got {len(weights)} and {len(bits)}"
+        )
+    flat = []
+    for (codes, codebook, scale), width, (rows, columns, groups) in zip(weights, bits, shapes, strict=False):
+        flat += [codes, codebook, _check_weight(codes, codebook, scale, width, rows, columns, tiled, groups)]
+    _check_biases(biases, shapes[0][0])
+    for name, tensors in (("states", states), ("weights", flat), ("biases", biases)):
+        _check_devices(x, **{f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)})
+    packed = flat, list(bits), list(biases), reverse, tiled
+    return _packed_recurrent.packed_recurrent(x, batch_sizes, list(states), *packed)
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -363,25 +522,74 @@ def _check_bits(bits: int) -> None:
 
 def _check_packed(packed: Tensor, bits: int, count: int) -> None:
     _check_bits(bits)
-    _check_dtype("packed", packed, torch.uint8)
-    expected = _packing.packed_bytes(count, bits)
-    if packed.shape != (expected,):
+    _check_bytes("packed", packed, bits, count, _packing.packed_bytes(count, bits))
+
+
+def _check_weight(
+    packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, rows: int, columns: int, tiled: bool, groups: int = 1
+) -> Tensor:
+    """The scale with one entry per row, of a packed weight whose parts fit together."""
+    scale = _expand_scale(scale, rows)
+    _check_bits(bits)
+    count = rows * columns
+    size = _tiles.tiled_bytes(rows, columns, bits, groups) if tiled else _packing.packed_bytes(count, bits)
+    _check_bytes("packed", packed, bits, count, size)
+    _check_dtype("codebook", codebook, torch.float32, *_tables.CODEBOOK_SCALES)
+    if codebook.shape != (2**bits,):
+        raise ValueError(f"codebook must have shape ({2**bits},) for {bits} bits, got {tuple(codebook.shape)}")
+    if codebook.requires_grad and codebook.dtype != torch.float32:
+        raise TypeError(f"codebook must have dtype torch.float32 to receive a gradient, got {codebook.dtype}")
+    return scale
+
+
+def _check_bytes(name: str, tensor: Tensor, bits: int, count: int, expected: int) -> None:
+    _check_dtype(name, tensor, torch.uint8)
+    if tensor.shape != (expected,):
         raise ValueError(
-            f"packed must have shape ({expected},) for {count} codes of {bits} bits, got {tuple(packed.shape)}"
+            f"{name} must have shape ({expected},) for {count} codes of {bits} bits, got {tuple(tensor.shape)}"
         )
 
 
-def _check_codebook(codebook: Tensor, bits: int) -> Tensor:
-    values = _values(codebook)
-    if values.shape != (2**bits,):
-        raise ValueError(f"codebook must have shape ({2**bits},) for {bits} bits, got {tuple(values.shape)}")
-    return values
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
+    """The number of sequences."""
+    _check_dtype("batch_sizes", batch_sizes, torch.int64)
+    sizes = batch_sizes.tolist() if batch_sizes.dim() == 1 and not batch_sizes.is_cuda else [0]
+    if sizes != sorted(sizes, reverse=True) or sum(sizes) != rows or sizes[-1] < 1:
+        raise ValueError(
+            f"batch_sizes must be positive and falling numbers on the CPU, of sum {rows}, the rows of x; "
+            f"got {batch_sizes}"
+        )
+    return sizes[0]
+
+
+def _check_states(states: Sequence[Tensor], batch: int, dtype: torch.dtype) -> None:
+    if len(states) not in (1, 2):
+        raise ValueError(f"states must be [h] of a GRU or [h, c] of an LSTM, got {len(states)} tensors")
+    for index, state in enumerate(states):
+        _check_dtype(f"states[{index}]", state, dtype)
+        if state.dim() != 2 or state.shape[0] != batch:
+            raise ValueError(f"states[{index}] must have shape ({batch}, size), got {tuple(state.shape)}")
+
+
+def _check_biases(biases: Sequence[Tensor], rows: int) -> None:
+    if len(biases) not in (0, 2):
+        raise ValueError(f"biases must be bias_ih and bias_hh, or none; got {len(biases)} tensors")
+    for index, bias in enumerate(biases):
+        _check_dtype(f"biases[{index}]", bias, *_COMPUTED)
+        if bias.shape != (rows,):
+            raise ValueError(f"biases[{index}] must have shape ({rows},), got {tuple(bias.shape)}")
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, but is on {tensor.device}")
 
 
 def _values(codebook: Tensor) -> Tensor:
     """A stored codebook as float32 values."""
     _check_dtype("codebook", codebook, torch.float32, *_tables.CODEBOOK_SCALES)
-    return codebook.float() / _tables.CODEBOOK_SCALES.get(codebook.dtype, 1.0)
+    return _tables.stored_values(codebook)
 
 
 def _work_dtype(weight: Tensor) -> torch.dtype:
@@ -413,4 +621,4 @@ def _expand_scale(scale: Tensor, rows: int) -> Tensor:
     _check_dtype("scale", scale, torch.float32)
     if scale.dim() != 1 or scale.numel() not in (1, rows):
         raise ValueError(f"scale must have shape ({rows},) or (1,), got {tuple(scale.shape)}")
-    return _flushed(scale, torch.float32).expand(rows)
+    return scale.expand(rows)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gq_triton.config import GQConfig
 from gq_triton.files import write_atomically
-from gq_triton.kernels.tables import CODEBOOK_SCALES
+from gq_triton.kernels.tables import stored_values
 from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, twins_of
 from gq_triton.layers.packed_weight import finite_or_none, packed_layout
 from gq_triton.quantize import Target, become, disable_fused_paths, find_targets, join, readers_of
@@ -152,10 +152,16 @@ def _split_shared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
+    # Codes in tiles are converted for every name anew, and so are known by the buffer that holds them.
+    buffers = {
+        join(name, "codes"): module.codes
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedWeight)
+    }
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"model has state that is not a tensor and cannot be saved: {name}")
-        original = first.setdefault(id(tensor), name)
+        original = first.setdefault(id(buffers.get(name, tensor)), name)
         if original == name:
             tensors[name] = tensor
         else:
@@ -306,23 +312,28 @@ def _check_values(header: _Header, tensors: dict[str, Tensor]) -> None:
         scale, codebook = tensors[f"{owner}_packed.scale"], tensors[f"{owner}_packed.codebook"]
         if not (scale.isfinite() & (scale >= 0)).all():
             raise ValueError(f"{owner} has scales that are negative or not finite")
-        values = codebook.float() / CODEBOOK_SCALES.get(codebook.dtype, 1.0)
-        if not (values.abs() <= 1).all():
+        if not (stored_values(codebook).abs() <= 1).all():
             raise ValueError(f"{owner} has codebook values outside of [-1, 1]")
 
 
 def _empty_weights(plan: list[Target], header: _Header) -> list[dict[str, PackedWeight]]:
     """Returns the packed weights that each planned weight becomes, by their names in the layer, to be filled."""
-    made: dict[str, PackedWeight] = {}
-    for target in plan:
-        for name, shape in _pieces(target).items():
-            owner, weight = header.owner(name), target.weight
-            assert weight is not None
-            packed = made.setdefault(owner, PackedWeight(header.configs[owner], shape, weight.dtype, weight.device))
-            packed.sqnr_db = header.sqnr_db[owner]
-            if packed.shape != shape:
-                raise ValueError(f"{name} and {owner} are one weight in it and have different shapes in the model")
-    return [{name.rpartition(".")[2]: made[header.owner(name)] for name in _pieces(target)} for target in plan]
+    made: dict[tuple[str, int], PackedWeight] = {}
+    return [_pieces_of(target, header, made) for target in plan]
+
+
+def _pieces_of(target: Target, header: _Header, made: dict[tuple[str, int], PackedWeight]) -> dict[str, PackedWeight]:
+    weight, groups = target.weight, target.row_groups
+    assert weight is not None
+    pieces = {}
+    for name, shape in _pieces(target).items():
+        owner = header.owner(name)
+        empty = PackedWeight(header.configs[owner], shape, weight.dtype, weight.device, groups)
+        packed = pieces[name.rpartition(".")[2]] = made.setdefault((owner, groups), empty)
+        packed.sqnr_db = header.sqnr_db[owner]
+        if packed.shape != shape:
+            raise ValueError(f"{name} and {owner} are one weight in it and have different shapes in the model")
+    return pieces
 
 
 def _some(names: Iterable[str]) -> str:

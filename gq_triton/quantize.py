@@ -105,6 +105,13 @@ class Target:
         return twins.packed.split(self.weight_name, rows)
 
     @property
+    def row_groups(self) -> int:
+        """How many equal groups the weight's rows form."""
+        twins = family_of(self.layer)
+        assert twins is not None
+        return twins.packed.row_groups(self.layer, self.weight_name)
+
+    @property
     def weight(self) -> Tensor | None:
         """The parameter; None where it is computed (parametrized, weight-normed) or packed."""
         return self.layer._parameters.get(self.weight_name)
@@ -311,12 +318,12 @@ def _pack(
     full_name: str, layer: QATLayer, name: str, made: dict[tuple[object, ...], PackedWeight]
 ) -> dict[str, PackedWeight]:
     """Returns the packed pieces of a weight; those that another layer shares are taken from ``made``, or put there."""
-    weight, quantizer = getattr(layer, name), layer.quantizers()[name]
+    weight, quantizer, groups = getattr(layer, name), layer.quantizers()[name], layer.row_groups(layer, name)
     pieces = {}
     for piece, rows in layer.split(name, len(weight)).items():
-        key = quantizer, id(weight), rows.start, rows.stop
+        key = quantizer, id(weight), rows.start, rows.stop, groups
         try:
-            pieces[piece] = made[key] = made.get(key) or PackedWeight.from_quantizer(quantizer, weight, rows)
+            pieces[piece] = made[key] = made.get(key) or PackedWeight.from_quantizer(quantizer, weight, rows, groups)
         except ValueError as error:
             raise ValueError(f"{full_name} cannot be packed: {error}") from error
     return pieces

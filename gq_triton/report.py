@@ -22,10 +22,12 @@ class Row:
         name: of the weight, or of the module.
         bits: code width, or the element width of float tensors.
         parameters: how many numbers of the float model it stands for.
-        bytes: that it takes in memory now; a prepared weight takes its float form and its quantizer's.
-        packed_bytes: that it takes packed, in memory and in a file; float tensors take what they take.
+        bytes: that it takes in memory now; a prepared weight takes its float form and its quantizer's, a packed one on
+            a GPU the padding of its tiles, and a dense copy where there is one.
+        packed_bytes: that it takes packed, in a file; float tensors take what they take.
         sqnr_db: of the quantized weight against the float weight that it came from, in dB; None for float tensors and
             where it is not known.
+        dense_bytes: of ``bytes``, those of the dense copy that :func:`gq_triton.allow_dense` made.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Row:
     bytes: int
     packed_bytes: int
     sqnr_db: float | None
+    dense_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Report:
         return sum(row.bytes for row in self.rows)
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of dense copies, among those in memory now."""
+        return sum(row.dense_bytes for row in self.rows)
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of all tensors once packed: what a packed file holds besides its header, and non-persistent buffers."""
         return sum(row.packed_bytes for row in self.rows)
@@ -69,16 +77,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns rows and totals as JSON-able values; an SQNR that is not finite is None, as JSON has no infinity."""
-        totals = ("parameters", "bytes", "packed_bytes", "float32_bytes", "ratio")
+        totals = ("parameters", "bytes", "dense_bytes", "packed_bytes", "float32_bytes", "ratio")
         return {
             "rows": [{**dataclasses.asdict(row), "sqnr_db": finite_or_none(row.sqnr_db)} for row in self.rows],
             **{name: getattr(self, name) for name in totals},
         }
 
     def __str__(self) -> str:
-        head = ("weight", "bits", "parameters", "bytes", "packed", "SQNR dB")
+        head = ("weight", "bits", "parameters", "bytes", "dense", "packed", "SQNR dB")
         body = [_cells(row) for row in self.rows]
-        total = ("total", "", f"{self.parameters:,}", f"{self.bytes:,}", f"{self.packed_bytes:,}", "")
+        total = ("total", "", *_sizes(self), "")
         widths = [max(map(len, column)) for column in zip(head, total, *body, strict=True)]
         lines = [_line(cells, widths) for cells in (head, *body, total)]
         lines.append(f"float32: {self.float32_bytes:,} bytes; packed: {self.ratio:.2f} times smaller")
@@ -89,8 +97,9 @@ class Report:
 def report(model: nn.Module) -> Report:
     """Counts the bytes of a float, prepared or packed model; what is shared counts once.
 
-    Persistent and other buffers count like parameters. Memory that a layer takes while it runs is not counted: packed
-    recurrent and convolution layers hold one decoded weight during a call.
+    Persistent and other buffers count like parameters. Memory that a layer takes while it runs is not counted:
+    convolutions over several taps and channels hold one decoded weight during a call, and so do recurrent layers on a
+    CPU.
     """
     return Report(tuple(_rows(model)))
 
@@ -124,7 +133,9 @@ def _first_time(tensor: Tensor, seen: set[int]) -> bool:
 
 def _packed_row(name: str, packed: PackedWeight) -> Row:
     size = sum(buffer.nbytes for buffer in packed.buffers())
-    return Row(name, packed.config.bits, packed.shape.numel(), size, size, packed.sqnr_db)
+    canonical = _packed_bytes(packed.config, packed.shape)
+    dense = 0 if packed.dense is None else packed.dense.nbytes
+    return Row(name, packed.config.bits, packed.shape.numel(), size, canonical, packed.sqnr_db, dense)
 
 
 def _packed_bytes(config: GQConfig, shape: torch.Size) -> int:
@@ -147,7 +158,12 @@ def _float_row(name: str, tensors: list[Tensor]) -> Row:
 
 def _cells(row: Row) -> tuple[str, ...]:
     quality = "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
-    return row.name, str(row.bits), f"{row.parameters:,}", f"{row.bytes:,}", f"{row.packed_bytes:,}", quality
+    return row.name, str(row.bits), *_sizes(row), quality
+
+
+def _sizes(of: Row | Report) -> tuple[str, ...]:
+    dense = f"{of.dense_bytes:,}" if of.dense_bytes else ""
+    return f"{of.parameters:,}", f"{of.bytes:,}", dense, f"{of.packed_bytes:,}"
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

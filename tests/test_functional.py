@@ -12,6 +12,14 @@ def centroids_of(bits):
     return torch.linspace(-1, 1, 2**bits)
 
 
+def deployed(values, codebook):
+    """Codebook values in the dtype that they are deployed in."""
+    if codebook not in STORED:
+        return values
+    entries = values * tables.CODEBOOK_SCALES[STORED[codebook]]
+    return (entries.round() if codebook == "int8" else entries).to(STORED[codebook])
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -25,9 +33,7 @@ def test_decoded_codes_equal_the_hard_weight_bit_for_bit(device, bits, codebook,
     values = F.codebook(centroids, mu=3.0, dtype=codebook)
     assert torch.equal(F.decode(codes, scale, values), hard)
     assert torch.equal(F.decode(F.unpack(F.pack(codes, bits), bits, codes.shape), scale, values), hard)
-    if codebook in STORED:
-        stored = (values * tables.CODEBOOK_SCALES[STORED[codebook]]).to(STORED[codebook])
-        assert torch.equal(F.decode(codes, scale, stored), hard)
+    assert torch.equal(F.decode(codes, scale, deployed(values, codebook)), hard)
 
 
 def test_mu_and_hardness_as_tensors_equal_numbers():
@@ -155,17 +161,52 @@ def test_a_group_of_two_dtypes_is_refused():
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize("activations", [None, "int8", "fp8"])
-def test_packed_linear_equals_linear_on_the_hard_weight(device, bits, activations):
+@pytest.mark.parametrize("codebook", CODEBOOKS[1:])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_packed_linear_equals_linear_on_the_hard_weight(device, bits, activations, codebook, tiled):
     weight, scale, x = torch.randn(11, 30), torch.rand(11), torch.randn(2, 5, 30, device=device)
     bias, centroids = torch.randn(11, device=device), centroids_of(bits)
-    hard = F.fake_quantize(weight, scale, centroids, mu=1.0, hardness=1.0).to(device)
+    hard = F.fake_quantize(weight, scale, centroids, mu=1.0, hardness=1.0, codebook_dtype=codebook).to(device)
     packed = F.pack(F.encode(weight, scale, centroids, mu=1.0), bits).to(device)
-    values = F.codebook(centroids, mu=1.0).to(device)
+    packed = F.tile(packed, bits, 11, 30) if tiled else packed
+    stored = deployed(F.codebook(centroids, mu=1.0, dtype=codebook), codebook).to(device)
     quantized = x if activations is None else F.quantize_activations(x, activations)
     expected = torch.relu(torch.nn.functional.linear(quantized, hard, bias))
-    options = {"bits": bits, "in_features": 30, "activations": activations, "epilogue": "relu"}
-    actual = F.packed_linear(x, packed, values, scale.to(device), bias, **options)
+    options = {"bits": bits, "in_features": 30, "activations": activations, "epilogue": "relu", "tiled": tiled}
+    actual = F.packed_linear(x, packed, stored, scale.to(device), bias, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("epilogue", ["tanh", "sigmoid", "glu"])
+def test_epilogues_of_packed_linear_are_torchs(device, epilogue):
+    x, scale, bias = (torch.randn(shape, device=device) for shape in [(2, 5, 30), (12,), (12,)])
+    codes = torch.randint(0, 8, (12, 30), dtype=torch.uint8, device=device)
+    arguments = F.pack(codes, 3), torch.linspace(-1, 1, 8, device=device), scale.abs(), bias
+    plain = F.packed_linear(x, *arguments, bits=3, in_features=30)
+    function = getattr(torch.nn.functional, epilogue)
+    actual = F.packed_linear(x, *arguments, bits=3, in_features=30, epilogue=epilogue)
+    torch.testing.assert_close(actual, function(plain), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", [1, 4])
+def test_packed_linear_gives_all_its_parts_gradients(device, scales):
+    codes = torch.randint(0, 4, (4, 3), dtype=torch.uint8, device=device)
+    shapes = (5, 3), (4,), (scales,), (4,)
+    x, codebook, scale, bias = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
+    dense = torch.relu(torch.nn.functional.linear(x, scale[:, None] * codebook[codes.int()], bias))
+    packed = F.packed_linear(x, F.pack(codes, 2), codebook, scale, bias, bits=2, in_features=3, epilogue="relu")
+    leaves = x, codebook, scale, bias
+    gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (packed, dense)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_tiles_round_trip(device, bits, groups):
+    packed = F.pack(torch.randint(0, 2**bits, (6, 70), dtype=torch.uint8), bits).to(device)
+    tiles = F.tile(packed, bits, 6, 70, groups)
+    assert (tiles.dtype, tiles.device.type) == (torch.uint8, device.type)
+    assert torch.equal(F.untile(tiles, bits, 6, 70, groups), packed)
 
 
 @pytest.mark.parametrize("bits", [2, 5])
@@ -279,7 +320,21 @@ def linear_arguments():
         ({"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(4,\), got \(3,\)"),
         ({"bits": 9}, ValueError, "bits must be an integer from 1 to 8, got 9"),
         ({"activations": "int4"}, ValueError, "activations must be one of"),
-        ({"epilogue": "tanh"}, ValueError, "epilogue must be one of"),
+        ({"epilogue": "softmax"}, ValueError, "epilogue must be one of .*'glu', got 'softmax'"),
+        ({"epilogue": "none"}, ValueError, "epilogue must be one of None, "),
+        ({"scale": torch.ones(5), "epilogue": "glu"}, ValueError, "out_features must be even .*'glu'.* got 5"),
+        ({"bias": torch.zeros(4, dtype=torch.int64)}, TypeError, "bias must have dtype"),
+        ({"tiled": True}, ValueError, r"packed must have shape \(512,\) for 12 codes of 4 bits, got \(6,\)"),
+        (
+            {"codebook": torch.zeros(16).to(torch.float8_e4m3fn).requires_grad_()},
+            TypeError,
+            "codebook must have dtype torch.float32 to receive a gradient",
+        ),
+        (
+            {"codebook": torch.zeros(16, device="meta")},
+            ValueError,
+            "codebook must be on the device of x, cpu, but is on meta",
+        ),
     ],
 )
 def test_packed_linear_names_what_is_wrong(change, error, match):
@@ -294,6 +349,11 @@ def test_packed_linear_names_what_is_wrong(change, error, match):
         (lambda: F.pack(torch.ones(3, dtype=torch.uint8), 0), ValueError, "bits must be"),
         (lambda: F.pack(torch.tensor([1, 4], dtype=torch.uint8), 2), ValueError, r"codes must be below 4 .*got 4"),
         (lambda: F.unpack(torch.zeros(3, dtype=torch.uint8), 4, (7,)), ValueError, r"packed must have shape \(4,\)"),
+        (lambda: F.tile(torch.zeros(3, dtype=torch.uint8), 4, 2, 4), ValueError, r"packed must have shape \(4,\)"),
+        (lambda: F.tile(torch.zeros(4), 4, 2, 4), TypeError, "packed must have dtype torch.uint8"),
+        (lambda: F.tile(torch.zeros(4, dtype=torch.uint8), 9, 2, 4), ValueError, "bits must be an integer"),
+        (lambda: F.tile(torch.zeros(4, dtype=torch.uint8), 4, 2, 4, 3), ValueError, "groups must divide the rows"),
+        (lambda: F.untile(torch.zeros(4, dtype=torch.uint8), 4, 2, 4), ValueError, r"tiles must have shape \(512,\)"),
         (lambda: F.decode(torch.zeros(2, 3), torch.ones(2), torch.zeros(4)), TypeError, "codes must have dtype"),
         (lambda: F.codebook(torch.zeros(3), mu=0.0), ValueError, "centroids must have shape"),
         (lambda: F.codebook(torch.zeros(4), mu=0.0, dtype="int4"), ValueError, "dtype must be one of"),
@@ -305,6 +365,59 @@ def test_packed_linear_names_what_is_wrong(change, error, match):
 def test_the_other_functions_name_what_is_wrong(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def depthwise_arguments():
+    return {
+        "x": torch.ones(2, 4, 9),
+        "packed": torch.zeros(6, dtype=torch.uint8),
+        "codebook": torch.zeros(16),
+        "scale": torch.ones(4),
+        "bits": 4,
+        "kernel_size": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.ones(2, 4, 9, dtype=torch.float64)}, TypeError, "x must have dtype"),
+        ({"x": torch.ones(9)}, ValueError, r"x must have shape \(B, C, T\) or \(C, T\), got \(9,\)"),
+        ({"x": torch.ones(2, 4, 2)}, ValueError, "x must be at least 3 long in time .*got 2"),
+        ({"dilation": 6, "padding": 1}, ValueError, "x must be at least 11 long .*dilation 6 and padding 1, got 9"),
+        ({"x": torch.ones(2, 3, 9)}, ValueError, "out_channels must be a multiple of the 3 channels of x, got 4"),
+        ({"x": torch.ones(2, 0, 9)}, ValueError, "out_channels must be a multiple of the 0 channels of x, got 4"),
+        ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+        ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
+        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
+        ({"bits": 9}, ValueError, "bits must be an integer from 1 to 8, got 9"),
+        ({"out_channels": 8}, ValueError, r"scale must have shape \(8,\) or \(1,\), got \(4,\)"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(4,\), got \(3,\)"),
+        ({"bias": torch.zeros(4, dtype=torch.int64)}, TypeError, "bias must have dtype"),
+        ({"packed": torch.zeros(7, dtype=torch.uint8)}, ValueError, r"packed must have shape \(6,\) for 12 codes"),
+        ({"tiled": True}, ValueError, r"packed must have shape \(512,\) for 12 codes of 4 bits, got \(6,\)"),
+        ({"codebook": torch.zeros(8)}, ValueError, r"codebook must have shape \(16,\) for 4 bits, got \(8,\)"),
+        ({"codebook": torch.zeros(16, device="meta")}, ValueError, "codebook must be on the device of x, cpu"),
+    ],
+)
+def test_packed_depthwise_conv1d_names_what_is_wrong(change, error, match):
+    with pytest.raises(error, match=match):
+        F.packed_depthwise_conv1d(**{**depthwise_arguments(), **change})
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_packed_depthwise_conv1d_equals_conv1d_on_the_decoded_weight(device, tiled):
+    codes, x = torch.randint(0, 8, (6, 1, 4), dtype=torch.uint8), torch.randn(2, 3, 20, device=device)
+    codebook, scale, bias = torch.linspace(-1, 1, 8), torch.rand(1), torch.randn(6)
+    weight = F.decode(codes, scale, codebook).to(device)
+    packed = F.tile(F.pack(codes, 3), 3, 6, 4) if tiled else F.pack(codes, 3)
+    tensors = [tensor.to(device) for tensor in (packed, codebook, scale, bias)]
+    options = {"stride": 2, "padding": 1, "dilation": 3}
+    expected = torch.nn.functional.conv1d(x, weight, bias.to(device), **options, groups=3)
+    for inputs, outputs in ((x, expected), (x[1], expected[1])):
+        actual = F.packed_depthwise_conv1d(inputs, *tensors, bits=3, kernel_size=4, **options, tiled=tiled)
+        torch.testing.assert_close(actual, outputs, atol=1e-5, rtol=1e-5)
 
 
 def test_packed_embedding_names_what_is_wrong():
@@ -327,3 +440,76 @@ def test_a_subnormal_scale_counts_as_zero():
     assert torch.equal(F.decode(codes, scale, codebook), quantized)
     rows = F.packed_embedding(torch.tensor([0, 1]), F.pack(codes, 2), codebook, scale, bits=2, embedding_dim=3)
     assert torch.equal(rows, quantized)
+
+
+def recurrent_arguments(batch_sizes=None):
+    """Of `packed_recurrent`, for an LSTM of 6 inputs, 5 units and a projection to 3."""
+    bits, shapes = [2, 3, 4], [(20, 6), (20, 3), (3, 5)]
+    weights = [
+        (F.pack(torch.randint(2**width, shape, dtype=torch.uint8), width), torch.randn(2**width), torch.rand(shape[0]))
+        for width, shape in zip(bits, shapes, strict=True)
+    ]
+    x = torch.randn(4, 2, 6) if batch_sizes is None else torch.randn(4, 6)
+    keywords = {"bits": bits, "batch_sizes": None if batch_sizes is None else torch.tensor(batch_sizes)}
+    states, biases = [torch.randn(2, 3), torch.randn(2, 5)], [torch.randn(20), torch.randn(20)]
+    return {"x": x, "states": states, "weights": weights, "biases": biases, **keywords}
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("batch_sizes", [None, [2, 1, 1]])
+def test_packed_recurrent_equals_lstm_on_the_decoded_weights(device, batch_sizes, tiled):
+    arguments = recurrent_arguments(batch_sizes)
+    x, states = arguments["x"], arguments["states"]
+    shapes, bits = [(20, 6, 4), (20, 3, 4), (3, 5, 1)], arguments["bits"]
+    floats = [
+        F.decode(F.unpack(codes, width, shape[:2]), scale, codebook)
+        for (codes, codebook, scale), width, shape in zip(arguments["weights"], bits, shapes, strict=True)
+    ]
+    lstm = torch.nn.LSTM(6, 5, proj_size=3).requires_grad_(False)
+    for parameter, value in zip(lstm.parameters(), [*floats[:2], *arguments["biases"], floats[2]], strict=True):
+        parameter.copy_(value)
+    packed = x if batch_sizes is None else torch.nn.utils.rnn.PackedSequence(x, arguments["batch_sizes"])
+    output, (h, c) = lstm(packed, tuple(state[None] for state in states))
+    expected = [output if batch_sizes is None else output.data, h[0], c[0]]
+    if tiled:
+        arguments["weights"] = [
+            (F.tile(codes, width, *shape), *rest)
+            for (codes, *rest), width, shape in zip(arguments["weights"], bits, shapes, strict=True)
+        ]
+    for name in ("states", "biases"):
+        arguments[name] = [tensor.to(device) for tensor in arguments[name]]
+    arguments["weights"] = [[tensor.to(device) for tensor in weight] for weight in arguments["weights"]]
+    actual = F.packed_recurrent(**{**arguments, "x": x.to(device)}, tiled=tiled)
+    torch.testing.assert_close([result.cpu() for result in actual], expected, rtol=1e-5, atol=1e-5)
+
+
+WRONG_RECURRENT = [
+    (lambda a: a | {"x": a["x"].double()}, TypeError, "x must have dtype"),
+    (lambda a: a | {"x": a["x"][0]}, ValueError, r"x must have shape \(T, B, K\) .* got \(2, 6\)"),
+    (lambda a: a | {"x": a["x"][:0]}, ValueError, "with T > 0"),
+    (lambda a: a | {"x": a["x"][..., :5]}, ValueError, "packed must have shape .* for 100 codes of 2 bits"),
+    (lambda a: a | {"states": a["states"] * 2}, ValueError, "states must be .* got 4 tensors"),
+    (lambda a: a | {"states": [state.half() for state in a["states"]]}, TypeError, r"states\[0\] must have dtype"),
+    (lambda a: a | {"states": [a["states"][0], torch.zeros(3, 5)]}, ValueError, r"states\[1\] must have shape"),
+    (lambda a: a | {"weights": a["weights"][:2], "bits": [2, 3]}, ValueError, r"sizes \[3, 5\]; got 2 and 2"),
+    (lambda a: a | {"states": a["states"][:1]}, ValueError, r"sizes \[3\]; got 3 and 3"),
+    (lambda a: a | {"bits": [2, 3]}, ValueError, "got 3 and 2"),
+    (lambda a: a | {"bits": [2, 3, 9]}, ValueError, "bits must be an integer from 1 to 8"),
+    (lambda a: a | {"tiled": True}, ValueError, "packed must have shape"),
+    (lambda a: a | {"biases": a["biases"][:1]}, ValueError, "biases must be .* got 1 tensors"),
+    (lambda a: a | {"biases": [torch.zeros(20), torch.zeros(5)]}, ValueError, r"biases\[1\] must have shape \(20,\)"),
+    (lambda a: a | {"biases": [torch.zeros(20).long()] * 2}, TypeError, r"biases\[0\] must have dtype"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "match"), WRONG_RECURRENT)
+def test_packed_recurrent_names_what_is_wrong(change, error, match):
+    with pytest.raises(error, match=match):
+        F.packed_recurrent(**change(recurrent_arguments()))
+
+
+@pytest.mark.parametrize("batch_sizes", [[2, 1], [1, 2, 1], [2, 2, 0], [[2, 2]], []])
+def test_packed_recurrent_refuses_batch_sizes_that_are_none(batch_sizes):
+    arguments = recurrent_arguments([2, 1, 1]) | {"batch_sizes": torch.tensor(batch_sizes, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="batch_sizes must be positive and falling numbers on the CPU, of sum 4"):
+        F.packed_recurrent(**arguments)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gq_triton as gq
+from gq_triton.layers import PackedWeight, packed_weight
 
 INDEX = torch.arange(8).view(4, 2)
 CONFIG = {
@@ -110,6 +111,20 @@ def test_sharing_is_kept(saved):
     loaded = gq.load_packed(Model(), saved)
     assert loaded.head.weight_packed is loaded.embedding.weight_packed
     assert loaded.again is loaded.joint
+
+
+def test_files_are_the_same_from_a_gpu(packed, saved, tmp_path, monkeypatch):
+    """Where CPU tensors count as a GPU's."""
+    monkeypatch.setattr(packed_weight, "wants_tiles", lambda device: True)
+    loaded = gq.load_packed(Model().eval(), saved)
+    assert all(module.tiled for module in loaded.modules() if isinstance(module, PackedWeight))
+    assert loaded.head.weight_packed is loaded.embedding.weight_packed
+    torch.testing.assert_close(loaded(INDEX), packed(INDEX))
+    again = tmp_path / "again.safetensors"
+    gq.save_packed(loaded, again, {"tokens": "…"})
+    (first, known), (second, found) = contents(saved), contents(again)  # the file keeps metadata in no certain order
+    assert known == found and first.keys() == second.keys()
+    assert all(torch.equal(first[name].float(), second[name].float()) for name in first)
 
 
 def test_saving_what_was_loaded_writes_the_same_tensors(saved, tmp_path):

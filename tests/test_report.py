@@ -114,7 +114,7 @@ def test_dict_and_table():
     assert sum(row["packed_bytes"] for row in values["rows"]) == values["packed_bytes"]
     lines = str(report).splitlines()
     assert len(lines) == len(report.rows) + 3
-    assert lines[0].split() == ["weight", "bits", "parameters", "bytes", "packed", "SQNR", "dB"]
+    assert lines[0].split() == ["weight", "bits", "parameters", "bytes", "dense", "packed", "SQNR", "dB"]
     assert len({len(line) for line in lines[1:-2]}) <= 2
     assert f"{report.ratio:.2f} times smaller" in lines[-1]
 

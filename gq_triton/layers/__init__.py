@@ -46,8 +46,8 @@ def twins_of(layer: nn.Module) -> Twins | None:
 
 
 def family_of(layer: nn.Module) -> Twins | None:
-    """Returns the quantized forms of the supported torch layer that ``layer`` is or derives from, or None."""
-    return next((twins for base, twins in _TWINS.items() if isinstance(layer, base)), None)
+    """Returns the quantized forms of the supported torch layer that ``layer`` is, was or derives from, or None."""
+    return twins_of(layer) or next((twins for base, twins in _TWINS.items() if isinstance(layer, base)), None)
 
 
 __all__ = [

@@ -12,9 +12,11 @@ sub-module per weight: ``weight_ih_l0_quantizer``, ``in_proj_weight_packed``, ..
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from gq_triton import functional as F
 from gq_triton import grouping
+from gq_triton.kernels.packed_linear import prefers_dense
 from gq_triton.layers.packed_weight import PackedWeight
 from gq_triton.quantizer import WeightQuantizer
 
@@ -33,6 +35,11 @@ class QuantizableLayer(nn.Module):
     def refuse(layer: nn.Module) -> str | None:
         """Returns why this very layer cannot be quantized, or None if it can."""
         return None
+
+    @staticmethod
+    def row_groups(layer: nn.Module, name: str) -> int:
+        """Returns how many equal groups the rows of weight ``name`` form: the gates of a recurrent layer."""
+        return 1
 
     @staticmethod
     def split(name: str, rows: int) -> dict[str, slice]:
@@ -77,7 +84,10 @@ class QATLayer(QuantizableLayer):
 
 
 class PackedLayer(QuantizableLayer):
-    """A layer whose quantized weights exist only in packed form. For inference."""
+    """A layer whose quantized weights exist only in packed form, but for the dense copies that
+    :func:`gq_triton.allow_dense` makes. For inference."""
+
+    uses_dense = True  # whether dense copies are of use to this kind of layer
 
     def attach(self, name: str, pieces: dict[str, PackedWeight]) -> None:
         """Replaces weight ``name``, and its quantizer if it has one, by its packed pieces."""
@@ -93,7 +103,9 @@ class PackedLayer(QuantizableLayer):
     def decoded(self, name: str) -> Tensor:
         """Returns weight ``name`` as the layer computes with it."""
         packed = getattr(self, f"{name}_packed", None)
-        return getattr(self, name) if packed is None else packed.decode()
+        if packed is None:
+            return getattr(self, name)
+        return packed.decode() if packed.dense is None else packed.dense
 
     def quantized_input(self, x: Tensor, name: str) -> Tensor:
         """Returns the input of weight ``name``, quantized over its last dim if the configuration says so."""
@@ -101,8 +113,13 @@ class PackedLayer(QuantizableLayer):
         return x if packed is None else quantize_activations(x, packed.config.activations)
 
     def linear(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
-        """Applies packed weight ``name`` to ``x``, (..., in) -> (..., out), without ever holding it as floats."""
+        """Applies packed weight ``name`` to ``x``, (..., in) -> (..., out): its dense copy where there is one and it is
+        faster, else the codes, which are never held as floats."""
         packed: PackedWeight = getattr(self, f"{name}_packed")
+        activations = packed.config.activations
+        usable = packed.dense is not None and packed.dtype == x.dtype
+        if usable and prefers_dense(x.shape[:-1].numel(), activations or "none", x.device):
+            return linear(quantize_activations(x, activations), packed.dense.flatten(1), bias)
         return F.packed_linear(
             x,
             packed.codes,
@@ -112,7 +129,8 @@ class PackedLayer(QuantizableLayer):
             bits=packed.config.bits,
             in_features=packed.shape[1],
             out_features=packed.shape[0],
-            activations=packed.config.activations,
+            activations=activations,
+            tiled=packed.tiled,
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -33,6 +33,8 @@ class QATEmbedding(_Embedding, QATLayer, nn.Embedding):
 class PackedEmbedding(_Embedding, PackedLayer, nn.Embedding):
     """``nn.Embedding`` that decodes the rows it looks up; the float weight is never materialised."""
 
+    uses_dense = False
+
     def forward(self, input: Tensor) -> Tensor:
         """Maps integer indices (...) to (..., embedding_dim)."""
         packed = self.weight_packed
@@ -44,5 +46,6 @@ class PackedEmbedding(_Embedding, PackedLayer, nn.Embedding):
             bits=packed.config.bits,
             embedding_dim=self.embedding_dim,
             num_embeddings=self.num_embeddings,
+            tiled=packed.tiled,
         )
         return rows.to(packed.dtype)

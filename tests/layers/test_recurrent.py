@@ -25,7 +25,7 @@ KINDS = [
 def states(layer, batch=(3,)):
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     h = torch.randn(count, *batch, layer.proj_size or layer.hidden_size)
-    return (h, torch.randn(count, *batch, layer.hidden_size)) if isinstance(layer, nn.LSTM) else h
+    return (h, torch.randn(count, *batch, layer.hidden_size)) if layer.mode == "LSTM" else h
 
 
 def check(prepared, twin, *inputs):
@@ -156,10 +156,145 @@ def test_threads_may_share_a_packed_layer():
     assert results == [True] * 40
 
 
-def test_wrong_inputs_get_torchs_errors():
-    prepared, _ = prepare(nn.LSTM(5, 7))
+ERRORS = {
+    "features": (lambda x, h: (x[..., :4], h), RuntimeError, r"input_size\. Expected 5, got 4"),
+    "dtype": (lambda x, h: (x.double(), h), ValueError, r"input dtype \(torch.float64\) does not match weight dtype"),
+    "dimensions": (lambda x, h: (x[None], h), ValueError, "Expected input to be 2D or 3D, got 4D"),
+    "unbatched states": (lambda x, h: (x, h[:, 0]), RuntimeError, r"For batched 3-D input, .* 3-D"),
+    "batched states": (lambda x, h: (x[:, 0], h), RuntimeError, r"For unbatched 2-D input, .* 2-D"),
+    "batch": (lambda x, h: (x, h[:, :2]), RuntimeError, r"Expected hidden.* size \(1, 3, 7\), got \[1, 2, 7\]"),
+    "hidden size": (lambda x, h: (x, h[..., 1:]), RuntimeError, r"Expected hidden.* size \(1, 3, 7\), got \[1, 3, 6\]"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_wrong_inputs_get_torchs_errors(kind, error):
+    change, exception, message = ERRORS[error]
+    x, h = change(torch.randn(6, 3, 5), torch.randn(1, 3, 7))
+    prepared, _ = prepare(kind(5, 7))
     for model in (prepared, convert(prepared)):
-        with pytest.raises(RuntimeError, match="input_size"):
-            model(torch.randn(6, 3, 4))
-        with pytest.raises(ValueError, match="dtype"):
-            model(torch.randn(6, 3, 5, dtype=torch.float64))
+        with pytest.raises(exception, match=message):
+            model(x, (h, h) if kind is nn.LSTM else h)
+
+
+def test_wrong_packed_sequences_and_cells_get_torchs_errors():
+    packed = convert(prepare(nn.LSTM(5, 7))[0])
+    h = torch.randn(1, 3, 7)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 3, 7\), got \[1, 3, 6\]"):
+        packed(torch.randn(6, 3, 5), (h, h[..., 1:]))
+    with pytest.raises(RuntimeError, match="input must have 2 dimensions, got 3"):
+        packed(pack_padded_sequence(torch.randn(6, 3, 5, 1), [6, 5, 2]))
+    with pytest.raises(ValueError, match="x must have shape .* with T > 0"):
+        packed(torch.randn(0, 3, 5))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_gradients_of_packed_layers_are_those_of_torch_with_the_same_weights(kind, options):
+    prepared, twin = prepare(kind(5, 7, **options))
+    packed = convert(prepared)
+    x, first = torch.randn(6, 3, 5), states(packed)
+    gradients = []
+    for model in (packed, twin):
+        leaves = [x.clone().requires_grad_(), *(p for name, p in model.named_parameters() if name.startswith("bias"))]
+        output, final = model(pack_padded_sequence(leaves[0], [6, 4, 4]), first)
+        ((output.data**2).sum() + sum(state.sum() for state in final)).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_below_a_packed_layer_can_be_trained():
+    packed = convert(prepare(nn.GRU(5, 7))[0]).requires_grad_(False)
+    adapter = nn.Linear(5, 5)
+    packed(adapter(torch.randn(6, 3, 5)))[0].square().sum().backward()
+    assert adapter.weight.grad.abs().sum() > 0
+
+
+def test_dropout_of_a_packed_layer():
+    prepared, _ = prepare(nn.LSTM(5, 7, 3, dropout=0.5))
+    packed, x = convert(prepared), torch.randn(6, 3, 5)
+    outputs = []
+    for model in (packed.train(), prepared):
+        torch.manual_seed(1)
+        outputs.append(model(x)[0])
+    same(*outputs)
+    assert not torch.equal(packed(x)[0], packed(x)[0])
+
+
+def test_an_empty_batch():
+    packed = convert(prepare(nn.LSTM(5, 7, batch_first=True))[0])
+    output, (h, c) = packed(torch.randn(0, 6, 5))
+    assert output.shape == (0, 6, 7)
+    assert h.shape == c.shape == (1, 0, 7)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_under_autocast_a_packed_layer_computes_in_the_dtype_of_its_input(kind):
+    packed = convert(prepare(kind(5, 7))[0])
+    x = torch.randn(6, 3, 5)
+    expected = packed(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x)[0], expected)
+        output = packed(x.bfloat16(), states(packed))[0]
+    assert output.dtype == torch.bfloat16
+
+
+def operators(graph):
+    """How often a graph calls the recurrent operator, and whether it calls another kernel of that kind."""
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return sum("packed_recurrent" in target for target in targets), any("lstm" in target for target in targets)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_compiled_without_breaks_and_with_an_operator_for_each_layer_and_direction(kind):
+    packed = convert(prepare(kind(5, 7, 2, bidirectional=True, batch_first=True), activations="int8")[0])
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    compiled = torch.compile(packed, fullgraph=True, backend=backend)
+    for lengths in (6, 9):
+        x, first = torch.randn(3, lengths, 5), states(packed)
+        same(compiled(x, first), packed(x, first))
+    assert all(operators(graph) == (4, False) for graph in graphs)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_compiled_gradients(kind):
+    packed = convert(prepare(kind(5, 7))[0])
+    x = torch.randn(6, 3, 5)
+    gradients = []
+    for model in (packed, torch.compile(packed, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        model(leaf)[0].square().sum().backward()
+        gradients.append(leaf.grad)
+    same(*gradients)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_exported_with_an_operator_for_each_layer_and_direction(kind):
+    packed = convert(prepare(kind(5, 7, 2, bidirectional=True))[0]).eval()
+    x, first = torch.randn(6, 3, 5), states(packed)
+    steps, fixed = {0: torch.export.Dim("steps", min=2, max=50)}, (None, None) if kind is nn.LSTM else None
+    exported = torch.export.export(packed, (x, first), dynamic_shapes=(steps, fixed))
+    assert operators(exported.graph) == (4, False)
+    for inputs in ((x, first), (torch.randn(9, 3, 5), first)):
+        same(exported.module()(*inputs), packed(*inputs))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_cuda_graphs_capture_a_packed_layer(kind):
+    packed = convert(prepare(kind(5, 40, 2, bidirectional=True))[0]).cuda().eval()
+    x = torch.randn(1, 3, 5, device="cuda")
+    with torch.no_grad():
+        packed(x)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = packed(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        same(captured, packed(x), atol=0, rtol=0)
