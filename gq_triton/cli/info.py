@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import platform
 import subprocess
 from importlib import metadata
@@ -61,23 +62,34 @@ work goes by weights. --json has the instructions by kind and the share of every
 @click.option(
     "--parts", type=click.Choice(list(PARTS)), multiple=True, help="with --kernels; repeatable  [default: all]"
 )
+@click.option("--names", multiple=True, help="with --kernels: patterns such as 'gemv*'; repeatable  [default: all]")
 @json_option
-def info(kernels: bool, bits: tuple[int, ...], dtypes: tuple[str, ...], parts: tuple[str, ...], as_json: bool) -> None:
+def info(
+    kernels: bool,
+    bits: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    parts: tuple[str, ...],
+    names: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Versions, the device that commands use, and optional packages; or the kernels and what they cost."""
     if kernels:
-        rows = _measure_kernels(bits or (4,), dtypes or ("bf16",), parts or tuple(PARTS))
+        rows = _measure_kernels(bits or (4,), dtypes or ("bf16",), parts or tuple(PARTS), names or ("*",))
         emit(rows, f"{table(HEADER, [_kernel_cells(row) for row in rows])}\n\n{LEGEND}", as_json)
         return
-    if bits or dtypes or parts:
-        raise click.UsageError("--bits, --dtypes and --parts go with --kernels")
+    if bits or dtypes or parts or names:
+        raise click.UsageError("--bits, --dtypes, --parts and --names go with --kernels")
     result = {"device": device_name(), "versions": versions(), "commit": commit()}
     lines = [f"device       {result['device']}", f"commit       {result['commit'] or 'not a checkout'}"]
     lines += [f"{name:<16} {version or 'not installed'}" for name, version in result["versions"].items()]
     emit(result, "\n".join(lines), as_json)
 
 
-def _measure_kernels(bits: tuple[int, ...], dtypes: tuple[str, ...], parts: tuple[str, ...]) -> list[dict[str, Any]]:
-    jobs = [(variant, part) for variant in budgets.variants(bits, dtypes) for part in parts]
+def _measure_kernels(
+    bits: tuple[int, ...], dtypes: tuple[str, ...], parts: tuple[str, ...], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    found = [v for v in budgets.variants(bits, dtypes) if any(fnmatch.fnmatch(v.name, name) for name in names)]
+    jobs = [(variant, part) for variant in found for part in parts if part in variant.parts]
     return [budgets.measure(*job) for job in tqdm(jobs, desc="compiling", unit="kernel", leave=False)]
 
 

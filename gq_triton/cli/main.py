@@ -11,6 +11,7 @@ from .data import data
 from .info import info
 from .quickstart import quickstart
 from .train import qat, train
+from .tune import tune
 from .use import convert, evaluate, report, transcribe
 
 __all__ = ["main"]
@@ -39,5 +40,5 @@ def main(traceback: bool) -> None:
     """General Quantizer: train, quantize and use speech recognizers with weights of 1 to 8 bits."""
 
 
-for command in (quickstart, train, qat, evaluate, convert, transcribe, report, data, info):
+for command in (quickstart, train, qat, evaluate, convert, transcribe, report, data, info, tune):
     main.add_command(command)

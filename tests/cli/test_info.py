@@ -1,9 +1,12 @@
 """`gq-triton info --kernels`; what it finds is tested in `tests/kernels/test_budgets.py`."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from gq_triton.cli import info
 from gq_triton.kernels import aot, budgets
+from gq_triton.kernels.parts import PARTS
 
 ROW = {
     "bits": 4,
@@ -26,10 +29,18 @@ RESOURCES = {**ROW, "bits": None, "dtype": None, "name": "tables", "shares": {},
 def measured(monkeypatch):
     """The arguments of what is measured; nothing is compiled."""
     asked = []
-    monkeypatch.setattr(budgets, "variants", lambda bits, dtypes: [(bits, dtypes)])
-    monkeypatch.setattr(
-        budgets, "measure", lambda variant, part: asked.append((*variant, part)) or {**ROW, "part": part}
-    )
+
+    def variants(bits, dtypes):
+        common = {"bits": bits, "dtypes": dtypes}
+        everywhere = SimpleNamespace(name="forward", parts=tuple(PARTS), **common)
+        return [everywhere, SimpleNamespace(name="forward_fp8", parts=("sm_90",), **common)]
+
+    def measure(variant, part):
+        asked.append((variant.name, variant.bits, variant.dtypes, part))
+        return {**ROW, "name": variant.name, "part": part}
+
+    monkeypatch.setattr(budgets, "variants", variants)
+    monkeypatch.setattr(budgets, "measure", measure)
     return asked
 
 
@@ -43,7 +54,8 @@ def test_cells():
 
 def test_defaults(gq_triton, measured):
     text = gq_triton.succeeds("info", "--kernels")
-    assert measured == [((4,), ("bf16",), part) for part in ("sm_80", "sm_90", "sm_100", "gfx942")]
+    expected = [("forward", (4,), ("bf16",), part) for part in ("sm_80", "sm_90", "sm_100", "gfx942")]
+    assert measured == [*expected, ("forward_fp8", (4,), ("bf16",), "sm_90")]
     lines = text.splitlines()
     assert lines[0].split() == info.HEADER
     assert lines[3].split() == info._kernel_cells(ROW)
@@ -53,8 +65,13 @@ def test_defaults(gq_triton, measured):
 def test_options(gq_triton, measured):
     options = ("--bits", 1, "--bits", 8, "--dtypes", "fp32", "--dtypes", "fp16", "--parts", "gfx942")
     rows = gq_triton.json("info", "--kernels", *options)
-    assert measured == [((1, 8), ("fp32", "fp16"), "gfx942")]
+    assert measured == [("forward", (1, 8), ("fp32", "fp16"), "gfx942")]
     assert rows == [{**ROW, "part": "gfx942"}]
+
+
+@pytest.mark.parametrize("pattern, count", [("forward", 4), ("*_fp8", 1), ("f*", 5), ("backward", 0)])
+def test_names(gq_triton, measured, pattern, count):
+    assert len(gq_triton.json("info", "--kernels", "--names", pattern)) == len(measured) == count
 
 
 @pytest.mark.parametrize("option", [("--bits", 9), ("--dtypes", "fp64"), ("--parts", "sm_70")])

@@ -19,7 +19,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, 
 
 
 def test_the_commands_are_there():
-    expected = {"quickstart", "train", "qat", "evaluate", "convert", "transcribe", "report", "data", "info"}
+    expected = {"quickstart", "train", "qat", "evaluate", "convert", "transcribe", "report", "data", "info", "tune"}
     assert set(main.commands) == expected
 
 
