@@ -8,7 +8,7 @@ one JSON file::
 A contender is first checked: one that computes something wrong is recorded as ``{"wrong": why}``, one that cannot run
 here (not installed, not supported, out of memory) as ``{"absent": why}``, and neither is timed. The others take turns,
 one sample each, so that a drift of clocks or load meets all of them alike. A sample is one call, timed by device events
-on a GPU, whose L2 cache is flushed before it, and by ``perf_counter`` on a CPU.
+on a GPU, whose L2 cache is flushed before it (a :class:`Mode` says otherwise), and by ``perf_counter`` on a CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +43,9 @@ from gq_triton.training.distributed import training_device
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("runs") / "benchmarks"
-PEERS = ("torchao",)
+PEERS = ("torchao", "bitsandbytes", "gemlite")
 FLUSHED_BYTES = 1 << 30  # many times any L2 cache: writing it takes longer than the host takes to launch most calls
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 Call = Callable[[], object]
 
@@ -82,11 +84,31 @@ class Timing:
     most: int = 100
 
 
+class Mode(NamedTuple):
+    """How a sample is taken.
+
+    Attributes:
+        flush: whether a GPU's L2 cache is flushed before; otherwise a call before has filled it.
+        calls: how many calls a sample makes, one after another; its time is that of one of them.
+        graph: whether they are one CUDA graph, so that the host's part in launching them costs nothing. Otherwise what
+            a flush does not hide of it counts.
+    """
+
+    flush: bool = True
+    calls: int = 1
+    graph: bool = False
+
+
+COLD = Mode()
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(makers: Mapping[str, Callable[[], Contender]], timing: Timing, device: torch.device) -> dict[str, dict]:
-    """Checks and times contenders, which ``makers`` make by name.
+def measure(
+    makers: Mapping[str, Callable[[], Contender]], timing: Timing, device: torch.device, mode: Mode = COLD
+) -> dict[str, dict]:
+    """Checks and times contenders, which ``makers`` make by name, in ``mode``.
 
     Returns:
         By name, ``{"ms": {"median", "p10", "p90", "least", "samples"}, "peak_bytes"}``, or ``{"wrong"}`` or
@@ -94,16 +116,18 @@ def measure(makers: Mapping[str, Callable[[], Contender]], timing: Timing, devic
         those of ``prepare`` included and those that were there before it not.
     """
     results: dict[str, dict] = {name: {} for name in makers}
-    clock, running, wanted = Clock(device), {}, {}
+    clock, running, wanted = Clock(device, mode), {}, {}
     for name, make in makers.items():
         with _failure_recorded(results, name):
             contender = make()
             contender.check()
             results[name]["peak_bytes"] = peak_bytes(lambda prepare=contender.prepare: prepare()(), device)
-            estimate = min(clock.sample(contender.prepare)() for _ in range(2))
-            wanted[name] = _sample_count(estimate, timing)
-            running[name] = contender
-        _free_memory(device)
+            prepare = _repeated(contender.prepare, mode)
+            estimate = min(clock.sample(prepare)() for _ in range(2))
+            wanted[name] = _sample_count(estimate * mode.calls, timing)
+            running[name] = prepare
+        if name not in running:
+            _free_memory(device)
     samples = _take_turns(running, wanted, clock, results)
     for name, taken in samples.items():
         results[name] = {"ms": summary([sample() for sample in taken])} | results[name]
@@ -115,7 +139,7 @@ def _sample_count(milliseconds: float, timing: Timing) -> int:
 
 
 def _take_turns(
-    running: Mapping[str, Contender], wanted: Mapping[str, int], clock: Clock, results: dict[str, dict]
+    running: Mapping[str, Callable[[], Call]], wanted: Mapping[str, int], clock: Clock, results: dict[str, dict]
 ) -> dict[str, list[Callable[[], float]]]:
     """Samples of every contender; the slow ones, of which fewer are wanted, sit out turns evenly."""
     samples: dict[str, list] = {name: [] for name in running}
@@ -124,7 +148,7 @@ def _take_turns(
         for name, count in wanted.items():
             if name in samples and (turn + 1) * count // rounds > turn * count // rounds:
                 with _failure_recorded(results, name):
-                    samples[name].append(clock.sample(running[name].prepare))
+                    samples[name].append(clock.sample(running[name]))
                 if "absent" in results[name]:
                     del samples[name]
         clock.wait()
@@ -145,42 +169,79 @@ def _failure_recorded(results: dict[str, dict], name: str) -> Iterator[None]:
         results[name] = {"absent": f"{type(error).__name__}: {first_line}"}
 
 
-class Clock:
-    """Takes samples of calls on a device."""
+def _repeated(prepare: Callable[[], Call], mode: Mode) -> Callable[[], Call]:
+    """What makes the call of a whole sample."""
+    if mode.graph:
+        replay = _captured(prepare(), mode.calls)
+        return lambda: replay
+    if mode.calls == 1:
+        return prepare
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.cache = device, None
-        if device.type == "cuda":
+    def prepare_sample() -> Call:
+        call = prepare()
+        return lambda: _repeat(call, mode.calls)
+
+    return prepare_sample
+
+
+def _repeat(call: Call, calls: int) -> None:
+    for _ in range(calls):
+        call()
+
+
+def _captured(call: Call, calls: int) -> Call:
+    """The replay of a CUDA graph of ``calls`` calls, which ran before: whatever they compile or set up is there."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _repeat(call, calls)
+    return graph.replay
+
+
+class Clock:
+    """Takes samples of calls on a device, all in one mode."""
+
+    def __init__(self, device: torch.device, mode: Mode = COLD) -> None:
+        self.device, self.mode = device, mode
+        if device.type == "cuda" and mode.flush:
             self.cache = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
 
     def sample(self, prepare: Callable[[], Call]) -> Callable[[], float]:
-        """Runs once; the result gives the milliseconds, and waits for them."""
-        call = prepare()
-        if self.cache is None:
-            return self._host_sample(call)
+        """Runs once; the result gives the milliseconds of a call, and waits for them."""
+        call, calls = prepare(), self.mode.calls
+        if self.device.type != "cuda":
+            return self._host_sample(call, calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.cache.zero_()  # the device flushes its L2 cache while the host launches what comes next
+        self._fill_cache(call)
         start.record()
         call()
         end.record()
 
         def milliseconds() -> float:
             end.synchronize()
-            return start.elapsed_time(end)
+            return start.elapsed_time(end) / calls
 
         return milliseconds
 
+    def _fill_cache(self, call: Call) -> None:
+        """Leaves in the L2 cache what the mode wants, and the device busy unless launching is to count."""
+        if self.mode.flush:
+            self.cache.zero_()  # takes the device long enough for the host to launch what comes next
+            return
+        call()
+        if not self.mode.graph:
+            torch.cuda.synchronize(self.device)
+
     @staticmethod
-    def _host_sample(call: Call) -> Callable[[], float]:
+    def _host_sample(call: Call, calls: int) -> Callable[[], float]:
         start = time.perf_counter()
         result = call()
-        milliseconds = 1e3 * (time.perf_counter() - start)
+        milliseconds = 1e3 * (time.perf_counter() - start) / calls
         del result  # freed outside of the time
         return lambda: milliseconds
 
     def wait(self) -> None:
         """Until the device is done: the host must not run far ahead of it."""
-        if self.cache is not None:
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
@@ -222,7 +283,6 @@ def quiet_profiler() -> Iterator[None]:
 
 
 def _peak_cuda_bytes(call: Call, device: torch.device) -> int:
-    _free_memory(device)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -246,7 +306,7 @@ def _highest(changes: list[int]) -> int:
 
 
 def _free_memory(device: torch.device) -> None:
-    """Gives back what is left of an earlier contender, of one that ran out of memory above all."""
+    """Gives back what is left of a contender that failed, of one that ran out of memory above all."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -281,6 +341,35 @@ def ceilings(device: torch.device) -> dict:
         "copy_gb_per_s": gb_per_s(moved, results["copy"]),
         "operation_ms": results["operation"]["ms"]["median"],
     }
+
+
+def matmul_ceilings(device: torch.device) -> dict:
+    """Peak rates (1e12 operations a second) of large square products, by the operands' dtype."""
+    size = MATMUL_SIZE[device.type]
+    products = {"float32": _matmul, "bfloat16": _matmul, "int8": _int8_matmul, "float8_e4m3fn": _fp8_matmul}
+    contenders = {dtype: partial(product, size, getattr(torch, dtype), device) for dtype, product in products.items()}
+    results = measure(contenders, Timing(seconds=0.3, least=5), device)
+    rates = {dtype: 2 * size**3 / result["ms"]["median"] / 1e9 for dtype, result in results.items() if "ms" in result}
+    return {"matmul_size": size, "matmul_tops": rates}
+
+
+def _matmul(size: int, dtype: torch.dtype, device: torch.device) -> Contender:
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return Contender(lambda: lambda: one @ other.t())
+
+
+def _int8_matmul(size: int, dtype: torch.dtype, device: torch.device) -> Contender:
+    one, other = (torch.randint(-127, 128, (size, size), dtype=dtype, device=device) for _ in range(2))
+    return Contender(lambda: lambda: torch._int_mm(one, other.t()))
+
+
+def _fp8_matmul(size: int, dtype: torch.dtype, device: torch.device) -> Contender:
+    if device.type != "cuda":
+        raise Unavailable("fp8 products are a GPU's")
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    unit = torch.ones((), device=device)
+    options = dict(scale_a=unit, scale_b=unit, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return Contender(lambda: lambda: torch._scaled_mm(one, other.t(), **options))
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -364,9 +453,11 @@ class Record:
         same = all(found[part] == fresh[part] for part in ("benchmark", "environment", "settings"))
         return found if same else None
 
-    def measure_ceilings(self, device: torch.device) -> None:
+    def measure_ceilings(self, device: torch.device, *others: Callable[[torch.device], dict]) -> None:
+        """Notes :func:`ceilings`, and what ``others`` find, unless an earlier part of the run has."""
         if not self.content["ceilings"]:
-            self.content["ceilings"] = ceilings(device)
+            for find in (ceilings, *others):
+                self.content["ceilings"] |= find(device)
 
     def missing(self, cases: list[dict]) -> Iterator[dict]:
         """The cases not yet measured, under a progress bar."""
@@ -389,20 +480,23 @@ class Record:
         """
         save_json(self.path, self.content)
         self.partial.unlink(missing_ok=True)
-        untimed = list(self._untimed())
-        for line in untimed:
-            click.echo(line)
+        untimed = self._untimed()
+        for (kind, name, reason), cases in untimed.items():
+            others = f"; and {len(cases) - 1} more" if len(cases) > 1 else ""
+            click.echo(f"{kind}: {name} ({_values(cases[0])}{others}): {reason}")
         click.echo(f"record: {self.path}")
-        if any(line.startswith("wrong") for line in untimed):
+        if any(kind == "wrong" for kind, *_ in untimed):
             raise SystemExit(1)
         return self.path
 
-    def _untimed(self) -> Iterator[str]:
+    def _untimed(self) -> dict[tuple[str, str, str], list[dict]]:
+        """The cases in which a contender has no time, by (kind, contender, reason)."""
+        found: dict[tuple[str, str, str], list[dict]] = {}
         for entry in self.content["cases"]:
             for name, result in entry["results"].items():
-                for kind in ("wrong", "absent"):
-                    if kind in result:
-                        yield f"{kind}: {name} ({_values(entry['case'])}): {result[kind]}"
+                for kind in {"wrong", "absent"} & result.keys():
+                    found.setdefault((kind, name, result[kind]), []).append(entry["case"])
+        return found
 
 
 def _values(case: dict) -> str:

@@ -27,6 +27,19 @@ QUANTIZERS = {
     "torchao compiled": "torchao, torch.compile",
     "uniform": "uniform, straight through",
 }
+LINEARS = {
+    "torch": "dense",
+    **{f"gq/{bits}": f"GQ, {bits} {'bit' if bits == 1 else 'bits'}" for bits in (8, 4, 2, 1)},
+    "gq int8/8": "GQ, 8 bits, int8 activations",
+    "gq int8/4": "GQ, 4 bits, int8 activations",
+    "gq fp8/4": "GQ, 4 bits, fp8 activations",
+    "torch int8/8": "torch int8",
+    "torch int4/4": "torch int4",
+    "gemlite int4/4": "gemlite int4",
+    "bitsandbytes nf4/4": "bitsandbytes NF4",
+}
+LINEAR_MODES = {"turns": "", "cold": ", cold L2 cache", "warm graph": ", warm L2 cache, CUDA graph"}
+LINEAR_TOKENS = (1, 16, 256)
 STEPS = {"float": "float", "gq": "GQ", "torchao": "torchao, linear layers only", "plain": "GQ in the plain form"}
 
 
@@ -44,7 +57,11 @@ def filled(text: str) -> str:
 
 def table(path: Path) -> str:
     """A record as a Markdown table, with what it was measured on below it."""
-    tables = {"quantizer": quantizer_table, "training_step": training_step_table}
+    tables = {
+        "quantizer": quantizer_table,
+        "training_step": training_step_table,
+        "packed_linear": packed_linear_table,
+    }
     return tables.get(path.stem, recognition_table)(json.loads(path.read_text()))
 
 
@@ -108,6 +125,46 @@ def training_step_table(record: dict) -> str:
     )
     about = f"Weights of {record['settings']['bits']} bits; batches of {batches}; medians. {_where(record)}."
     return "\n".join([*lines, "", about, ""])
+
+
+def packed_linear_table(record: dict) -> str:
+    """Of benchmarks/packed_linear.py: the shapes shown, in the first suite's dtype."""
+    shapes, dtype = record["settings"]["shown"], record["settings"]["suites"][0]["dtype"]
+    found, modes = {}, {}
+    for entry in record["cases"]:
+        case = entry["case"]
+        if case["dtype"] == dtype:  # of several ways of timing, the first
+            mode = modes.setdefault((case["n"], case["k"]), case["mode"])
+            if case["mode"] == mode:
+                found[case["n"], case["k"], case["m"]] = entry["results"]
+    tokens = " / ".join(map(str, LINEAR_TOKENS))
+    columns = [f"{n} x {k}{LINEAR_MODES[modes[n, k]]}" for n, k in shapes]
+    lines = [
+        f"| microseconds at {tokens} tokens | bits a weight | error | {' | '.join(columns)} |",
+        f"| --- | --- | --- |{' --- |' * len(columns)}",
+    ]
+    for name, label in LINEARS.items():
+        times = [_times(found, n, k, name) for n, k in shapes]
+        if any(times):
+            lines.append(f"| {label} | {_size_and_error(found, *shapes[-1], name)} | {' | '.join(times)} |")
+    about = f"Layers without bias, {dtype}; medians; error of the output from the Gaussian weight's. {_where(record)}."
+    return "\n".join([*lines, "", about, ""])
+
+
+def _times(found: dict, n: int, k: int, name: str) -> str:
+    """Microseconds of a contender at `LINEAR_TOKENS`; nothing where it has none."""
+    results = [found.get((n, k, tokens), {}).get(name, {}) for tokens in LINEAR_TOKENS]
+    shown = [_number(1e3 * result["ms"]["median"]) if "ms" in result else "-" for result in results]
+    return " / ".join(shown) if any("ms" in result for result in results) else ""
+
+
+def _size_and_error(found: dict, n: int, k: int, name: str) -> str:
+    """Two columns, of the last number of tokens at which the contender was measured with this shape."""
+    results = [found.get((n, k, tokens), {}).get(name, {}) for tokens in LINEAR_TOKENS]
+    timed = [result for result in results if "ms" in result]
+    if not timed:
+        return " | "
+    return f"{8 * timed[-1]['weight_bytes'] / n / k:.3g} | {100 * timed[-1]['error']:.2g} %"
 
 
 def _step_columns(result: dict) -> str:

@@ -1,11 +1,12 @@
 import json
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import harness
 import pytest
 import torch
-from harness import Contender, Record, Timing, Unavailable, Wrong, measure
+from harness import Contender, Mode, Record, Timing, Unavailable, Wrong, measure
 
 CPU = torch.device("cpu")
 QUICK = Timing(seconds=0.001, least=2, most=5)
@@ -51,6 +52,50 @@ def test_a_sample_is_the_time_of_the_call_without_its_preparation(monkeypatch):
     assert harness.Clock(CPU).sample(prepare)() == pytest.approx(2.0)
 
 
+def test_a_sample_of_several_calls_tells_the_time_of_one(monkeypatch):
+    now, prepared = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += 0.002
+
+    def prepare():
+        prepared.append(1)
+        return call
+
+    mode = Mode(calls=5)
+    assert harness.Clock(CPU, mode).sample(harness._repeated(prepare, mode))() == pytest.approx(2.0)
+    assert now[0] == pytest.approx(0.01)
+    assert len(prepared) == 1
+
+
+def test_calls_of_a_sample_are_counted_in_its_time(monkeypatch):
+    monkeypatch.setattr(harness.Clock, "_host_sample", staticmethod(lambda call, calls: call() or (lambda: 20.0)))
+    log = []
+    timing = Timing(seconds=1.0, most=1000)
+    results = measure({"A": calls(log, "A")}, timing, CPU, Mode(calls=5))
+    assert results["A"]["ms"]["samples"] == 10  # of 5 * 20 ms
+    assert len(log) == 1 + 5 * (2 + 10)  # memory, estimates, samples
+
+
+def test_a_graph_without_a_gpu_is_recorded_as_absent():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    results = measure({"A": calls([], "A")}, QUICK, CPU, Mode(graph=True))
+    assert results["A"].keys() == {"absent"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_graph_makes_all_calls_of_a_sample(flush):
+    device, mode = torch.device("cuda"), Mode(flush, calls=5, graph=True)
+    counter = torch.zeros(1, device=device)
+    replay = harness._repeated(lambda: partial(counter.add_, 1), mode)
+    assert counter.item() == 0  # captured, not run
+    assert harness.Clock(device, mode).sample(replay)() > 0
+    assert counter.item() == (5 if flush else 10)  # one replay fills the cache
+
+
 @pytest.mark.parametrize("milliseconds, count", [(1e-9, 100), (20.0, 50), (600.0, 3)])
 def test_number_of_samples_fills_the_time_within_limits(milliseconds, count):
     assert harness._sample_count(milliseconds, Timing(seconds=1.0, least=3, most=100)) == count
@@ -58,7 +103,7 @@ def test_number_of_samples_fills_the_time_within_limits(milliseconds, count):
 
 def test_contenders_take_turns():
     log = []
-    clock, prepare = harness.Clock(CPU), {name: calls(log, name)() for name in "AB"}
+    clock, prepare = harness.Clock(CPU), {name: calls(log, name)().prepare for name in "AB"}
     samples = harness._take_turns(prepare, {"A": 3, "B": 3}, clock, {"A": {}, "B": {}})
     assert log == ["A", "B"] * 3
     assert {name: len(taken) for name, taken in samples.items()} == {"A": 3, "B": 3}
@@ -66,7 +111,7 @@ def test_contenders_take_turns():
 
 def test_slow_contenders_sit_out_turns_evenly():
     log = []
-    running = {name: calls(log, name)() for name in ("fast", "slow")}
+    running = {name: calls(log, name)().prepare for name in ("fast", "slow")}
     harness._take_turns(running, {"fast": 6, "slow": 2}, harness.Clock(CPU), {"fast": {}, "slow": {}})
     assert log == ["fast", "fast", "fast", "slow"] * 2
 
@@ -157,6 +202,20 @@ def test_ceilings(device):
     assert 0 < found["operation_ms"] < 100
 
 
+def test_peak_rates_of_products(device, monkeypatch):
+    monkeypatch.setitem(harness.MATMUL_SIZE, device.type, 64)
+    found = harness.matmul_ceilings(device)
+    assert found["matmul_size"] == 64
+    assert found["matmul_tops"].keys() >= {"float32", "bfloat16", "int8"}
+    assert all(0 < rate < 100 for rate in found["matmul_tops"].values())
+
+
+def test_a_peak_rate_is_operations_over_time(monkeypatch):
+    taken = {"float32": {"ms": {"median": 2.0}}, "int8": {"absent": "not here"}}
+    monkeypatch.setattr(harness, "measure", lambda *arguments: taken)
+    assert harness.matmul_ceilings(CPU)["matmul_tops"] == {"float32": pytest.approx(2 * 1024**3 / 0.002 / 1e12)}
+
+
 def test_environment_names_device_versions_and_commit():
     found = harness.environment()
     assert found.keys() == CLEAN.keys()
@@ -245,6 +304,25 @@ def test_a_record_names_what_is_absent(tmp_path, clean, capsys):
     record.finish()
     assert "absent: B (1, forward): not installed\n" in capsys.readouterr().out
     assert read(record.path)["cases"][0]["results"]["B"] == {"absent": "not installed"}
+
+
+def test_what_is_absent_for_one_reason_is_named_once(tmp_path, clean, capsys):
+    record = Record("bench", {}, tmp_path)
+    for bits in (1, 2, 3):
+        record.add({"bits": bits}, {"A": TIMED, "B": {"absent": "too wide" if bits == 3 else "not installed"}})
+    record.finish()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["absent: B (1; and 1 more): not installed", "absent: B (3): too wide"]
+
+
+def test_ceilings_are_measured_once(tmp_path, clean, monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness, "ceilings", lambda device: asked.append("copy") or {"copy_gb_per_s": 2.0})
+    record = Record("bench", {}, tmp_path)
+    for _ in range(2):
+        record.measure_ceilings(CPU, lambda device: asked.append("matmul") or {"matmul_tops": {}})
+    assert record.content["ceilings"] == {"copy_gb_per_s": 2.0, "matmul_tops": {}}
+    assert asked == ["copy", "matmul"]
 
 
 def test_a_wrong_contender_fails_the_program_after_the_record_is_written(tmp_path, clean, capsys):
