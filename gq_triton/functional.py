@@ -614,6 +614,7 @@ def _flushed(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_count(scale: Tensor, bias: Tensor | None) -> int:
+    _check_dtype("scale", scale, torch.float32)
     return max(scale.numel(), 0 if bias is None else bias.numel())
 
 

@@ -384,7 +384,7 @@ def decoded(
     ASM: tl.constexpr,
 ):
     """Operands of sub-block ``SUB`` as words (R, 128) int32, of a lane's eight columns in order: two words of bytes,
-    four of 16 bits or eight of 32. The way "sign" has them in another order, that of `inputs`."""
+    four of 16 bits or eight of 32. The way "sign" has them in another order, that of `_inputs`."""
     if WAY == "sign":
         words = _words(tiles, block, blocks, own, start, steps, 1, 0, 0)
         operands = _signs(words, SUB, FORM, OPERAND, ASM)

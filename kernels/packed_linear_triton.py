@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.kernels import activations as activation_kernels
-from gq_triton.kernels.backend import INTERPRETED, bound, cdiv, jit, launching, next_power_of_2, tl
+from gq_triton.kernels.backend import INTERPRETED, bound, cdiv, jit, launching, next_power_of_2, tl, triton
 from gq_triton.kernels.decode import decoded, load_tables, multiply, natural, way_of
 from gq_triton.kernels.tiles import as_words
 
@@ -306,6 +306,8 @@ def _gemm_kernel(
     """BM tokens by BN rows. Programs that follow one another share their tokens, which are more bytes than codes."""
     SUBS: tl.constexpr = 1 if BITS % 4 == 0 else (2 if BITS % 2 == 0 else 4)
     INTEGER: tl.constexpr = OPERAND == "byte" and FORM == "int8" and not EXACT
+    # Hopper's products of e4m3 add with fewer bits than float32 has; so many columns go together, then to float32.
+    COARSE: tl.constexpr = 64 if OPERAND == "byte" and FORM == "fp8" and not EXACT else None
     blocks = tl.cdiv(rows, 16)
     across = tl.cdiv(rows, BN)
     part, begin = tl.program_id(0) % across, tl.program_id(0) // across * BM
@@ -327,7 +329,8 @@ def _gemm_kernel(
                 tiles, block, blocks, block * 0, step, steps, codebook, tables, SUB, BITS, FORM, OPERAND, WAY, ASM
             )
             weights = natural(words, BN // 16, FORM, OPERAND, EXACT)
-            total = tl.dot(inputs, tl.trans(weights), total, input_precision=PRECISION, out_dtype=total.dtype)
+            weights = tl.trans(weights)
+            total = tl.dot(inputs, weights, total, PRECISION, max_num_imprecise_acc=COARSE, out_dtype=total.dtype)
     HALVES: tl.constexpr = 2 if EPILOGUE == "glu" else 1
     _finish(
         total.to(tl.float32),
@@ -365,7 +368,7 @@ class Plan:
         rows: of the weight in one program.
         tokens: in one program.
         warps: of one program.
-        stages: of the pipeline of loads.
+        stages: of the pipeline of loads, or as many as shared memory has room for.
         parts: into which the columns are split, a program each; a second launch adds them.
     """
 
@@ -381,22 +384,34 @@ class Plan:
         """Warps of "gemv" that take rows of their own, up to 64 each; the others share their columns."""
         return max(1, self.rows // 64)
 
+    def fitting_stages(self, bits: int, operand: str, shared: int) -> int:
+        """How many of its stages fit into ``shared`` bytes of shared memory."""
+        size, columns = {"fp32": 4, "byte": 1}.get(operand, 2), step_columns(bits)
+        if self.kernel == "gemm":
+            inputs, codes = self.tokens * columns * size, self.rows * columns * bits // 8
+            needed = [n * inputs + (n - 1) * codes + self.rows * 64 * size for n in range(1, self.stages + 1)]
+        else:  # every warp has its own, in each of two turns of the loop
+            inputs, codes = self.tokens * columns * size, self.rows // self.row_warps * columns * bits // 8
+            needed = [2 * (n - 1) * self.warps * (inputs + codes) for n in range(1, self.stages + 1)]
+        return max(1, sum(count <= shared for count in needed))
+
 
 def step_columns(bits: int) -> int:
     """Columns of a weight that are decoded together: 256 over the width of its narrowest plane."""
     return 64 * (1 if bits % 4 == 0 else 2 if bits % 2 == 0 else 4)
 
 
-def plan(tokens: int, rows: int, columns: int, bits: int, processors: int) -> Plan:
+def plan(tokens: int, rows: int, columns: int, bits: int, processors: int, operand: str = "bf16") -> Plan:
     """The plan for a product of ``tokens`` with a weight (rows, columns), on a device of so many multiprocessors.
 
     Up to `FEW` tokens, few to a program, with as many row blocks as leave three of four multiprocessors a program, and
     as many warps as there are steps of columns.  Large weights with more than 8 tokens are split the other way, since
     every program reads its tokens: many rows to a program, and parts of the columns.  Above `FEW`, the largest tiles
-    that leave every multiprocessor one.
+    that leave every multiprocessor one, but for operands whose sums take too many registers.
     """
     if tokens > FEW:
         tiles = [(128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)]
+        tiles = tiles[{"fp32": 3, "fp8": 1}.get(operand, 0) :]
         fit = [tile for tile in tiles if cdiv(tokens, tile[0]) * cdiv(rows, tile[1]) >= processors]
         tokens_of, rows_of, warps = fit[0] if fit else tiles[-1]
         return Plan("gemm", rows_of, tokens_of, warps, 3)
@@ -444,17 +459,23 @@ def use_tuned(plans: dict[tuple, Plan]) -> None:
     _TUNED.update(plans)
 
 
-def _chosen_plan(x: Tensor, tokens: int, rows: int, bits: int, operand: str) -> Plan:
-    if INTERPRETED:
-        return plan(tokens, rows, x.shape[-1], bits, processors=2)
-    key = tuned_key(x.device, tokens, rows, x.shape[-1], bits, operand) if _TUNED else None
-    return _TUNED.get(key) or plan(tokens, rows, x.shape[-1], bits, processors(x.device))
+def _chosen_plan(tokens: int, rows: int, columns: int, bits: int, operand: str, device: torch.device) -> Plan:
+    key = tuned_key(device, tokens, rows, columns, bits, operand) if _TUNED else None
+    return _TUNED.get(key) or plan(tokens, rows, columns, bits, processors(device), operand)
 
 
 @functools.lru_cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of ``device``; under the interpreter, a few."""
     return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have of it, less what the compiler may want for itself."""
+    if INTERPRETED:
+        return 0
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"] - 2048
 
 
 # --- launcher ---------------------------------------------------------------------------------------------------------
@@ -492,7 +513,9 @@ def launch(
     elif activations != "none":
         x = activation_kernels.quantize_activations(x, activations)
     tokens = out.numel() // out.shape[-1]
-    chosen = chosen or _chosen_plan(x, tokens, rows, bits, operand)
+    kind = "fp8" if operand == "byte" and form == "fp8" else operand
+    chosen = chosen or _chosen_plan(tokens, rows, columns, bits, kind, x.device)
+    chosen = dataclasses.replace(chosen, stages=chosen.fitting_stages(bits, operand, _shared_memory(x.device)))
     tensors = (
         x.view(tokens, columns),
         token_scale,

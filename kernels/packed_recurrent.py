@@ -37,7 +37,7 @@ from gq_triton.kernels.decode import multiply
 from gq_triton.kernels.packed_linear_triton import sigmoid, tanh
 from gq_triton.kernels.packing import unpack
 from gq_triton.kernels.tables import stored_values
-from gq_triton.kernels.tiles import ROW_BLOCK, tile, untile
+from gq_triton.kernels.tiles import ROW_BLOCK, as_words, tile, untile
 
 __all__ = ["decode_weights", "packed_recurrent", "recurrent", "reference", "weight_shapes"]
 
@@ -420,7 +420,7 @@ class _Weight(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         codebook = self.codebook.view(torch.uint8) if self.codebook.dtype == torch.float8_e4m3fn else self.codebook
-        return self.tiles.view(torch.int32), codebook, self.scale
+        return as_words(self.tiles), codebook.contiguous(), self.scale
 
     def named(self, suffix: str = "") -> dict[str, Any]:
         return {f"{name}{suffix}": self.options[name] for name in ("BITS", "FORM", "WAY", "UNIT")}

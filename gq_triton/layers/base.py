@@ -11,6 +11,7 @@ sub-module per weight: ``weight_ih_l0_quantizer``, ``in_proj_weight_packed``, ..
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -121,7 +122,7 @@ class PackedLayer(QuantizableLayer):
         if usable and prefers_dense(x.shape[:-1].numel(), activations or "none", x.device):
             return linear(quantize_activations(x, activations), packed.dense.flatten(1), bias)
         return F.packed_linear(
-            x,
+            autocast(x),
             packed.codes,
             packed.codebook,
             packed.scale,
@@ -149,6 +150,14 @@ class PackedLayer(QuantizableLayer):
 def _children(layer: nn.Module, kind: type[Child], suffix: str) -> dict[str, Child]:
     # Not named_children(), which leaves out the second name of a child that tied weights share.
     return {name.removesuffix(suffix): child for name, child in layer._modules.items() if isinstance(child, kind)}
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Returns ``x`` in the dtype in which torch's own layers would compute with it, where autocast is on."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def quantize_activations(x: Tensor, dtype: str | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from gq_triton import functional as F
-from gq_triton.layers.base import PackedLayer, QATLayer
+from gq_triton.layers.base import PackedLayer, QATLayer, autocast
 from gq_triton.layers.packed_weight import PackedWeight
 
 
@@ -61,7 +61,7 @@ class PackedConv1d(PackedLayer, nn.Conv1d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input, left = pad(input, (left, right), mode=mode), 0
         return F.packed_depthwise_conv1d(
-            input,
+            autocast(input),
             packed.codes,
             packed.codebook,
             packed.scale,

@@ -52,8 +52,16 @@ def kernel_device() -> torch.device:
 
 
 @pytest.fixture
-def poisoned():
+def poisoned(monkeypatch):
     """Every tensor from `torch.empty` starts as NaN (or the largest integer), so a slot never written shows."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch's references raise on a GPU then
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def set_default_dtype():
+    """Sets torch's default dtype until the test ends."""
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)

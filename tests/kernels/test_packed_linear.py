@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gq_triton.kernels import packed_linear as pl
 from gq_triton.kernels import packing, tiles
-from gq_triton.kernels.packed_linear_triton import Plan, launch, multiplies_bytes
+from gq_triton.kernels.packed_linear_triton import Plan, candidates, launch, multiplies_bytes, plan
 
 # Largest error allowed, as a part of 1 + the largest output.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -342,3 +342,36 @@ def test_gradient_registration(wanted, device):
 )
 def test_where_a_dense_copy_is_preferred(tokens, activations, device, expected):
     assert pl.prefers_dense(tokens, activations, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(
+    "chosen, bits, operand, needed",
+    [
+        (Plan("gemm", 256, 128, 8, 3), 4, "bf16", 98304),
+        (Plan("gemm", 256, 128, 8, 3), 1, "bf16", 245760),
+        (Plan("gemm", 256, 128, 8, 3), 3, "fp16", 278528),
+        (Plan("gemm", 256, 128, 8, 3), 2, "fp32", 278528),
+        (Plan("gemv", 256, 16, 8, 3, 16), 1, "bf16", 327680),
+    ],
+)
+def test_no_more_stages_than_fit(chosen, bits, operand, needed):
+    """What Triton 3.6 says that kernels take for sm_90."""
+    assert chosen.fitting_stages(bits, operand, needed) == 3
+    assert chosen.fitting_stages(bits, operand, needed - 1) == 2
+    assert chosen.fitting_stages(bits, operand, 0) == 1
+
+
+@given(
+    st.integers(0, 5000),
+    st.integers(1, 20000),
+    st.integers(0, 20000),
+    st.integers(1, 8),
+    st.sampled_from([1, 132, 304]),
+)
+def test_plans_are_possible(tokens, rows, columns, bits, processors):
+    for operand in ("bf16", "fp32", "byte", "fp8"):
+        chosen = plan(tokens, rows, columns, bits, processors, operand)
+        assert chosen.kernel in ("gemv", "gemm") and chosen.warps in (1, 2, 4, 8, 16) and chosen.parts >= 1
+        assert chosen.warps >= chosen.row_warps and chosen.rows % 16 == 0 and chosen.tokens % 8 == 0
+    for each in candidates(tokens, rows, columns, bits):
+        assert each.warps >= each.row_warps and each.rows % 16 == 0 and each.tokens % 8 == 0

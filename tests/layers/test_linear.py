@@ -112,3 +112,15 @@ def test_requantization_interval_holds_under_compile():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("layer", [nn.Linear(9, 5), nn.Conv1d(6, 6, 3, groups=6), nn.Conv1d(6, 4, 1)])
+def test_packed_layers_follow_autocast(layer, dense):
+    """As torch's layers do, whether or not there is a dense copy."""
+    x = torch.randn(2, 6, 9)
+    packed = gq.allow_dense(convert(prepare(copy.deepcopy(layer), bits=4)[0]), dense)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert packed(x).dtype == layer(x).dtype == torch.bfloat16
+        same(packed(x).float(), gq.allow_dense(packed)(x).float(), atol=3e-2)
+    assert packed(x).dtype == torch.float32
