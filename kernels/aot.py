@@ -36,16 +36,20 @@ class Variant:
     bits: int | None = None  # that the arguments stand for; None: the kernel knows none
     dtype: str | None = None  # likewise
     warps: int = 4
+    stages: int | None = None  # of the pipeline of loads; None: Triton's choice
     fuse: bool = True  # products and sums into one rounding
     elements: int = 0  # of a program in a pass of its main loop, or in all without one; 0: nothing is per element
     trips: int = 1  # that a loop within a pass is taken, as far as known
     read: float = 0.0  # bytes of device memory per element
     written: float = 0.0  # bytes of device memory per element
-    allowed: dict[str, float] | None = None  # lane-instructions per element, by part; None: any number
+    allowed: dict[str, float] = dataclasses.field(default_factory=dict)  # lane-instructions per element, by part
     overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # arguments that differ, by part
     spills: dict[str, int] = dataclasses.field(default_factory=dict)  # that are known, by part; elsewhere none
     tensor_cores: bool | None = False  # whether they are meant; None: where the part has any for the dtype
     wide: tuple[str, ...] = ()  # parts where all of an element's bytes are meant to move in accesses of 16
+    present: dict[str, str] = dataclasses.field(default_factory=dict)  # class of instructions that is meant, by part
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)  # pattern of classes that are not meant, by part
+    parts: tuple[str, ...] = tuple(PARTS)  # that can run it
     float64: bool = False  # whether float64 is meant
 
 
@@ -76,13 +80,16 @@ def compile_variant(variant: Variant, part: str) -> Any:
     """The compiled kernel, a `triton.compiler.CompiledKernel`; pointers and sizes are taken as multiples of 16."""
     require_compiler()
     names, arguments = variant.kernel.arg_names, variant.arguments | variant.overrides.get(part, {})
-    runtime = {name: value for name, value in arguments.items() if _is_type(value)}
+    fixed = {parameter.name for parameter in variant.kernel.params if parameter.is_constexpr}
+    runtime = {name: value for name, value in arguments.items() if name not in fixed and _is_type(value)}
     signature = {name: runtime.get(name, "constexpr") for name in names}
     constants = {name: arguments[name] for name in names if name not in runtime}
     aligned = [names.index(name) for name, kind in runtime.items() if not kind.startswith("fp")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = triton.compiler.ASTSource(variant.kernel, signature, constants, attributes)
     options = {"num_warps": variant.warps, "enable_fp_fusion": variant.fuse}
+    if variant.stages is not None:
+        options["num_stages"] = variant.stages
     target = triton.backends.compiler.GPUTarget(*PARTS[part].target)
     return triton.compile(source, target=target, options=options)
 
@@ -96,7 +103,9 @@ def require_compiler() -> None:
 
 
 def _is_type(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"\*?([iu](8|16|32|64)|fp64|fp32|fp16|bf16)", value) is not None
+    return (
+        isinstance(value, str) and re.fullmatch(r"\*?([iu](8|16|32|64)|fp64|fp32|fp16|bf16|fp8e4nv)", value) is not None
+    )
 
 
 def roofline(variant: Variant, part: str) -> Roofline:
@@ -135,8 +144,10 @@ def roofline(variant: Variant, part: str) -> Roofline:
 def broken_budgets(variant: Variant, used: Roofline) -> list[str]:
     """What ``variant`` uses that it may not."""
     limit = PARTS[used.part].shared_limit
-    allowed = math.inf if variant.allowed is None else variant.allowed[used.part]
-    tensor_cores = "tensor" in used.classes
+    allowed = variant.allowed.get(used.part, math.inf)
+    tensor_cores = any(name.startswith("tensor") for name in used.classes)
+    present, absent = variant.present.get(used.part), variant.absent.get(used.part, "-")
+    strange = [name for name in used.classes if re.fullmatch(absent, name)]
     rules = {
         f"spills {used.spilled}": used.spilled > variant.spills.get(used.part, 0),
         f"{used.shared} > {limit} bytes of shared memory": used.shared > limit,
@@ -146,6 +157,8 @@ def broken_budgets(variant: Variant, used: Roofline) -> list[str]:
         f"{used.wide:.0%} in 16 bytes": used.part in variant.wide and used.wide < 1,
         "tensor cores": tensor_cores and variant.tensor_cores is False,
         "no tensor cores": not tensor_cores and variant.tensor_cores is True,
+        f"no {present}": present is not None and present not in used.classes,
+        ", ".join(strange): strange != [],
         "float64": "fp64" in used.classes and not variant.float64,
     }
     return [name for name, broken in rules.items() if broken]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from gq_triton.kernels import activations, joint_loss, packed_conv, packed_embedding, packed_recurrent
 from gq_triton.kernels import fake_quantize_triton as kernels
-from gq_triton.kernels import joint_loss, packed_embedding, packed_linear
+from gq_triton.kernels import packed_linear_triton as linear
 from gq_triton.kernels import tables as table_kernels
 from gq_triton.kernels.aot import Variant, broken_budgets, require_compiler, roofline
 from gq_triton.kernels.backend import next_power_of_2, tl
@@ -47,10 +48,11 @@ def variants(bits: Iterable[int], dtypes: Iterable[str]) -> list[Variant]:
     found = []
     for dtype in dtypes:
         for width in bits:
-            found += [*_fake_quantize(width, dtype), *_packed_linear(width, dtype)]
-        found += _joint_loss(dtype)
+            found += [*_fake_quantize(width, dtype), *_packed_linear(width, dtype), *_packed_recurrent(width, dtype)]
+            found.append(_packed_conv(width, dtype))
+        found += [*_joint_loss(dtype), *_activations(dtype)]
     for width in bits:
-        found += [*_tables(width), _packed_embedding(width)]
+        found += [*_tables(width), _packed_embedding(width), *_packed_linear_of_bytes(width)]
     return [*found, *_lattice(), _sums()]
 
 
@@ -88,29 +90,205 @@ def _tiled(name: str, kernel: Any, arguments: dict[str, Any], tile: kernels.Tile
     """A kernel that goes over weights tile by tile."""
     arguments = {**arguments, "ROWS": tile.rows, "COLS": tile.columns}
     row = f"{name}_wide" if options["bits"] > 5 and f"{name}_wide" in ALLOWED else name
-    allowed = dict(zip(PARTS, ALLOWED[row], strict=True)) if row in ALLOWED else None
+    allowed = dict(zip(PARTS, ALLOWED[row], strict=True)) if row in ALLOWED else {}
     sizes = {"warps": tile.warps, "elements": tile.rows * tile.columns}
     return _variant(name, kernel, arguments, allowed=allowed, **sizes, **options)
 
 
+# --- packed weights ---------------------------------------------------------------------------------------------------
+
+# Lane-instructions per weight on NVIDIA's parts, by bits from 1 to 8, a little above the most of any dtype of 16 bits,
+# part and Triton 3.6 to 3.9.  For small M, 6.5 a byte are 3.2, 1.6 and 0.8 at 4, 2 and 1 bits.
+#
+# - 1 bit misses that: a register of two operands takes a shift and a logic operation, 1 per weight, and as much time on
+#   tensor cores goes to sums of x alone as to products. Of bytes, four of which share a register, it misses by a fifth.
+# - 2 bits and 4 bits keep it; there, byte permutations take most.
+# - From 5 bits on, a code is a load, an address and a conversion of its own.
+PACKED = {
+    "gemv": (1.5, 1.65, 2.0, 3.2, 6.7, 6.7, 7.1, 6.0),
+    "gemv_small": (2.2, 2.1, 2.5, 3.8, 7.2, 7.3, 7.6, 6.6),
+    "gemv_tokens": (2.9, 2.5, 2.8, 4.1, 7.4, 7.5, 7.9, 7.0),
+    "gemv_small_tokens": (4.6, 3.4, 3.7, 5.0, 9.0, 8.4, 8.8, 7.8),
+    "gemv_int8": (1.0, 0.8, 1.15, 1.9, 8.6, 8.6, 8.6, 8.0),
+    "lstm_step": (2.2, 2.1, 2.5, 3.8, 6.9, 6.9, 7.3, 6.5),
+    "lstm_step_tokens": (3.0, 2.6, 3.0, 4.3, 7.5, 7.7, 8.0, 7.2),
+    "gru_step": (2.95, 2.9, 3.4, 5.1, 9.1, 9.2, 9.7, 8.9),  # a fourth block of rows is padding
+}
+WIDE_PARTS = ("sm_90", "sm_100")  # whose tensor cores take operands from shared memory, those of e4m3 among them
+MMA = {**dict.fromkeys(NVIDIA_PARTS, "tensor mma"), "gfx942": "tensor mfma"}
+GEMM_MMA = MMA | {"sm_90": "tensor wgmma", "sm_100": "tensor tcgen05"}  # the latter not of int8 before Triton 3.9
+LARGE, SMALL = 8192, 512  # rows and columns, for which plans are compiled
+
+
 def _packed_linear(bits: int, dtype: str) -> Iterator[Variant]:
-    tensors = dict.fromkeys(("values", "scale", "bias"), "*fp32")
-    tensors |= {"x": f"*{dtype}", "packed": "*u8", "out": f"*{dtype}"}
-    numbers = {"m": "i32", "rows": "i32", "features": "i32", "count": "i32", "scale_stride": 1}
-    options = {"HAS_BIAS": True, "EPILOGUE": "gelu", "OPERAND": _type(dtype), "BITS": bits}
-    for m in (1, 64):
-        blocks = dict(
-            zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), packed_linear.choose_blocks(m, DTYPES[dtype]), strict=True)
+    yield from _linear("gemv", bits, "float", dtype, 1, LARGE)
+    yield from _linear("gemv_tokens", bits, "float", dtype, 32, LARGE)
+    yield from _linear("gemv_small", bits, "float", dtype, 1, SMALL)
+    yield from _linear("gemv_small_tokens", bits, "float", dtype, 32, SMALL)
+    yield from _linear("gemm", bits, "float", dtype, 4096, LARGE)
+    yield from _linear("gemm_small", bits, "float", dtype, 256, SMALL)
+
+
+def _packed_linear_of_bytes(bits: int) -> Iterator[Variant]:
+    """8-bit activations with the codebook of their kind."""
+    yield from _linear("gemv_int8", bits, "int8", "byte", 1, LARGE)
+    yield from _linear("gemm_int8", bits, "int8", "byte", 4096, LARGE)
+    yield from _linear("gemm_fp8", bits, "fp8", "byte", 4096, LARGE)
+
+
+def _linear(name: str, bits: int, form: str, operand: str, tokens: int, size: int) -> Iterator[Variant]:
+    """What runs for ``tokens`` and a weight (size, size), a variant for each part: plans are made for one."""
+    tensors = {"x": _OPERANDS.get((operand, form), f"*{operand}"), "tiles": "*i32", "codebook": _CODEBOOKS[form]}
+    tensors |= dict.fromkeys(("token_scale", "scale", "bias", "parts"), "*fp32")
+    tensors["out"] = "*bf16" if operand == "byte" else f"*{operand}"
+    numbers = dict.fromkeys(("tokens", "rows", "columns"), "i32") | {"scale_stride": 1}
+    for part in WIDE_PARTS if form == "fp8" else PARTS:
+        kind = "fp8" if form == "fp8" else operand
+        machine = PARTS[part]
+        plan = linear.plan(tokens, size, size, bits, machine.processors, kind, wide=part in WIDE_PARTS)
+        options = _specialization(bits, form, operand, part)
+        options |= {"HAS_BIAS": True, "EPILOGUE": "gelu", "PARTS": plan.parts}
+        labels = {"bits": bits, "dtype": None if operand == "byte" else operand, "parts": (part,)}
+        make = _gemv if plan.kernel == "gemv" else _gemm
+        variant = make(name, {**tensors, **numbers, **options}, plan, **labels)
+        stages = plan.fitting_stages(bits, operand, machine.shared_limit - 2048)
+        yield dataclasses.replace(variant, warps=plan.warps, stages=stages, tensor_cores=None)
+        if plan.parts > 1:
+            tile = dict(zip(("R", "T"), linear.SUM_TILE, strict=True))
+            yield _variant(f"{name}_sums", linear._sum_kernel, {**tensors, **numbers, **options, **tile}, **labels)
+
+
+def _gemv(name: str, arguments: dict[str, Any], plan: linear.Plan, **labels: Any) -> Variant:
+    bits, operand, way = arguments["BITS"], arguments["OPERAND"], arguments["WAY"]
+    across = plan.warps // plan.row_warps
+    tile = {"RB": plan.rows // 16 // plan.row_warps, "MB": plan.tokens // 8, "WN": plan.row_warps, "WK": across}
+    # A pipeline of loads goes through shared memory, and so do fragments of float32, whose order is another.
+    absent = ["shuffle"] + (["shared.*"] if plan.stages == 1 and operand != "fp32" else [])
+    if way != "gather":
+        absent.append("load (8|16|32)" if operand == "byte" else "load (8|16|32|64)")
+    return _variant(
+        name,
+        linear._gemv_kernel,
+        arguments | tile,
+        elements=plan.rows * across * linear.step_columns(bits) * _unrolled(way),
+        read=bits / 8,
+        allowed=_allowed(name, bits, operand),
+        wide=NVIDIA_PARTS,
+        present=MMA if plan.tokens > 8 else dict.fromkeys(NVIDIA_PARTS, "tensor mma"),
+        spills=_spilled(bits, operand, plan.tokens),
+        absent=dict.fromkeys(NVIDIA_PARTS, "|".join(absent)),
+        **labels,
+    )
+
+
+def _gemm(name: str, arguments: dict[str, Any], plan: linear.Plan, **labels: Any) -> Variant:
+    way = arguments["WAY"].replace("sign", "permute" if arguments["ASM"] else "gather")
+    tile = {"BM": plan.tokens, "BN": plan.rows, "WAY": way}
+    return _variant(
+        name,
+        linear._gemm_kernel,
+        arguments | tile,
+        elements=plan.rows * linear.step_columns(arguments["BITS"]),
+        present=GEMM_MMA if arguments["FORM"] != "int8" else {k: v for k, v in GEMM_MMA.items() if k != "sm_100"},
+        absent=dict.fromkeys(PARTS, "local.*"),
+        spills=dict.fromkeys(NVIDIA_PARTS, 320),  # of GELU, once; the main loop is held to none
+        **labels,
+    )
+
+
+def _allowed(name: str, bits: int, operand: str) -> dict[str, float]:
+    limits = PACKED.get(name) if operand != "fp32" else None
+    return dict.fromkeys(NVIDIA_PARTS, limits[bits - 1]) if limits else {}
+
+
+def _spilled(bits: int, operand: str, tokens: int) -> dict[str, int]:
+    """What is known to spill: float32, which is three products in one; a little at odd widths, more with many tokens;
+    and on MI300X, whose tensor cores take no fewer than 16 tokens, so that lanes multiply and hold all sums."""
+    little = 160 if tokens > 8 else 16
+    known = 1 << 12 if operand == "fp32" else 0 if bits in (2, 4) else little
+    return dict.fromkeys(NVIDIA_PARTS, known) | {"gfx942": 1 << 14}
+
+
+def _unrolled(way: str) -> int:
+    """Steps in a pass of `multiply`'s loop."""
+    return 1 if way == "gather" else 2
+
+
+_OPERANDS = {("byte", "int8"): "*i8", ("byte", "fp8"): "*fp8e4nv"}
+_CODEBOOKS = {"float": "*fp32", "int8": "*i8", "fp8": "*u8"}
+
+
+def _specialization(bits: int, form: str, operand: str, part: str) -> dict[str, Any]:
+    nvidia = part in NVIDIA_PARTS
+    return linear.specialization(bits, form, operand, permutes=nvidia, asm=nvidia)
+
+
+def _packed_recurrent(bits: int, dtype: str) -> Iterator[Variant]:
+    """Steps of layers whose weights are all of this width."""
+    tensors = dict.fromkeys(("x", "h", "c", "out", "last", "next_c", "bias_ih", "bias_hh", "m"), f"*{dtype}")
+    numbers = ("x_row", "h_row", "out_row", "token", "batch", "columns", "size", "hidden")
+    shared, amd = (_specialization(bits, "float", dtype, part) for part in ("sm_90", "gfx942"))
+    amd |= {"WAY_IH": amd["WAY"], "WAY_HH": amd["WAY"]}
+    weight = {"tiles": "*i32", "codebook": "*fp32", "scale": "*fp32"}
+    weight |= {name: shared[name] for name in ("BITS", "FORM", "WAY", "UNIT")}
+    weights = {name + suffix: value for name, value in weight.items() for suffix in ("_ih", "_hh", "_IH", "_HH")}
+    strides = dict.fromkeys(("scale_stride", "scale_ih_stride", "scale_hh_stride"), 1)
+    arguments = {**tensors, **dict.fromkeys(numbers, "i32"), **shared, **weight, **weights, **strides}
+    arguments |= {"PROJECTED": False, "HAS_BIAS": True}
+    for name, gates, fused, across, mb in _STEPS:
+        across //= 2 if dtype == "fp32" else 1
+        kernel = packed_recurrent._step_kernel if gates > 1 else packed_recurrent._project_kernel
+        arguments |= {"GATES": gates, "FUSED": fused, "WK": across, "MB": mb}
+        yield _variant(
+            name,
+            kernel,
+            arguments,
+            bits=bits,
+            dtype=dtype,
+            warps=across * (4 if gates > 1 else 1),
+            stages=1,
+            elements=16 * gates * across * linear.step_columns(bits) * _unrolled(shared["WAY"]),
+            read=bits / 8,
+            allowed=_allowed(name, bits, dtype),
+            tensor_cores=None,
+            present=MMA if mb > 1 else dict.fromkeys(NVIDIA_PARTS, "tensor mma"),
+            spills=_spilled(bits, dtype, 8 * mb),
+            absent=dict.fromkeys(NVIDIA_PARTS, "shuffle" if dtype == "fp32" else "shuffle|shared.*"),
+            overrides={"gfx942": {key: value for key, value in amd.items() if key in kernel.arg_names}},
         )
-        arguments = {**tensors, **numbers, **options, **blocks}
-        yield Variant(
-            f"packed_linear_m{m}", packed_linear._kernel, arguments, bits, dtype, tensor_cores=_tensor_cores(dtype)
-        )
+
+
+_STEPS = (  # gates, whether the product with W_ih is part of it, warps that share columns, blocks of tokens
+    ("lstm_step", 4, True, 4, 1),
+    ("lstm_step_tokens", 4, False, 4, 2),
+    ("gru_step", 3, False, 4, 1),
+    ("lstm_projection", 1, False, 16, 1),
+)
+
+
+def _packed_conv(bits: int, dtype: str) -> Variant:
+    tensors = {"x": f"*{dtype}", "tiles": "*u8", "codebook": "*fp32", "scale": "*fp32", "bias": "*fp32"}
+    numbers = dict.fromkeys(packed_conv._kernel.arg_names, "i32")
+    strides = {"x_channel_stride": 1, "out_channel_stride": 1, "stride": 1, "dilation": 1, "scale_stride": 1}
+    channels, times = packed_conv.choose_tile(512, 1000, channels_last=True)
+    options = {"HAS_BIAS": True, "BITS": bits, "CHANNELS": channels, "TIMES": times}
+    arguments = {**numbers, **tensors, "out": f"*{dtype}", **strides, **options}
+    return _variant("depthwise_conv", packed_conv._kernel, arguments, bits=bits, dtype=dtype)
+
+
+def _activations(dtype: str) -> Iterator[Variant]:
+    tokens, block, warps = activations.choose_tile(512, transposed=False)
+    numbers = dict.fromkeys(("inner", "features", "outer_stride", "inner_stride"), "i32") | {"feature_stride": 1}
+    for name, out, fake in (("quantize_tokens", "*i8", False), ("fake_quantize_tokens", f"*{dtype}", True)):
+        tensors = {"x": f"*{dtype}", "out": out, "scales": "*fp32"}
+        options = {"FP8": True, "FAKE": fake, "TOKENS": tokens, "BLOCK": block}
+        yield _variant(name, activations._kernel, {**tensors, **numbers, **options}, dtype=dtype, warps=warps)
 
 
 def _packed_embedding(bits: int) -> Variant:
-    tensors = {"indices": "*i64", "packed": "*u8", "values": "*fp32", "scale": "*fp32", "out": "*fp32"}
-    numbers = {"rows": "i32", "embedding_dim": "i32", "count": "i32", "scale_stride": 1}
+    tensors = {"indices": "*i64", "tiles": "*u8", "codebook": "*fp32", "scale": "*fp32", "out": "*fp32"}
+    numbers = dict.fromkeys(("rows", "embedding_dim", "blocks", "group_rows", "group_span"), "i32")
+    numbers["scale_stride"] = 1
     options = {"BITS": bits, "BLOCK": next_power_of_2(512)}
     return Variant("packed_embedding", packed_embedding._kernel, {**tensors, **numbers, **options}, bits)
 

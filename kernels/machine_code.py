@@ -237,7 +237,7 @@ def _classify_sass(opcode: str) -> str:
     if kind in _SASS_MEMORY:
         return f"{_SASS_MEMORY[kind]} {_sass_bits(opcode)}"
     if kind.endswith("MMA"):
-        return "tensor"
+        return "tensor tcgen05" if kind.startswith("UTC") else f"tensor {'wgmma' if kind.endswith('GMMA') else 'mma'}"
     if kind in ("BAR", "SYNCS"):
         return "barrier"
     if kind in ("SHFL", "REDUX"):
@@ -298,7 +298,7 @@ def _classify_ptx(opcode: str) -> str:
 
 
 PTX = InstructionSet(
-    re.compile(r"^\s*(@!?%p\d+\s+)?([a-z][\w.:]*)([^;\n]*);", re.MULTILINE),
+    re.compile(r"(?:^|(?<=;))[ \t]*(@!?%p\d+\s+)?([a-z][\w.:]*)([^;\n]*);", re.MULTILINE),
     _read_ptx,
     _classify_ptx,
     lambda opcode: {},
@@ -329,7 +329,7 @@ def _classify_gcn(opcode: str) -> str:
         verb = {"read": "load", "write": "store"}.get(memory.group(2), memory.group(2))
         return f"{place}{verb} {_gcn_bits(opcode)}"
     if opcode.startswith(("v_mfma", "v_smfma")):
-        return "tensor"
+        return "tensor mfma"
     if opcode == "s_barrier":
         return "barrier"
     if _GCN_SHUFFLE.match(opcode) or opcode.endswith("_dpp"):

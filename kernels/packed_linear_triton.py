@@ -401,17 +401,20 @@ def step_columns(bits: int) -> int:
     return 64 * (1 if bits % 4 == 0 else 2 if bits % 2 == 0 else 4)
 
 
-def plan(tokens: int, rows: int, columns: int, bits: int, processors: int, operand: str = "bf16") -> Plan:
+def plan(
+    tokens: int, rows: int, columns: int, bits: int, processors: int, operand: str = "bf16", wide: bool = True
+) -> Plan:
     """The plan for a product of ``tokens`` with a weight (rows, columns), on a device of so many multiprocessors.
 
     Up to `FEW` tokens, few to a program, with as many row blocks as leave three of four multiprocessors a program, and
     as many warps as there are steps of columns.  Large weights with more than 8 tokens are split the other way, since
     every program reads its tokens: many rows to a program, and parts of the columns.  Above `FEW`, the largest tiles
-    that leave every multiprocessor one, but for operands whose sums take too many registers.
+    that leave every multiprocessor one, but for operands whose sums take too many registers. ``wide`` says whether
+    tensor cores take operands from shared memory, which leaves registers for 256 rows.
     """
     if tokens > FEW:
         tiles = [(128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)]
-        tiles = tiles[{"fp32": 3, "fp8": 1}.get(operand, 0) :]
+        tiles = tiles[{"fp32": 3, "fp8": 1}.get(operand, 0 if wide else 1) :]
         fit = [tile for tile in tiles if cdiv(tokens, tile[0]) * cdiv(rows, tile[1]) >= processors]
         tokens_of, rows_of, warps = fit[0] if fit else tiles[-1]
         return Plan("gemm", rows_of, tokens_of, warps, 3)
@@ -421,7 +424,8 @@ def plan(tokens: int, rows: int, columns: int, bits: int, processors: int, opera
         parts = min(max(1, steps // 4), next_power_of_2(max(1, processors // cdiv(rows, 256))))
         return Plan("gemv", 256, 8 * mb, 8, 3, parts)
     rb = next((rb for rb in (4, 2) if 4 * cdiv(rows, 16 * rb) >= 3 * processors), 1)
-    return Plan("gemv", 16 * rb, 8 * mb, min(16, steps, SUMS // (rb * mb)), 1)
+    most = 16 if bits in (1, 2, 4) else 8  # others take more registers than 16 warps have
+    return Plan("gemv", 16 * rb, 8 * mb, min(most, steps, SUMS // (rb * mb)), 1)
 
 
 def candidates(tokens: int, rows: int, columns: int, bits: int) -> list[Plan]:
@@ -461,13 +465,17 @@ def use_tuned(plans: dict[tuple, Plan]) -> None:
 
 def _chosen_plan(tokens: int, rows: int, columns: int, bits: int, operand: str, device: torch.device) -> Plan:
     key = tuned_key(device, tokens, rows, columns, bits, operand) if _TUNED else None
-    return _TUNED.get(key) or plan(tokens, rows, columns, bits, processors(device), operand)
+    return _TUNED.get(key) or plan(tokens, rows, columns, bits, processors(device), operand, _wide(device))
 
 
 @functools.lru_cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of ``device``; under the interpreter, a few."""
     return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _wide(device: torch.device) -> bool:
+    return NVIDIA and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache
@@ -505,14 +513,14 @@ def launch(
     out = torch.empty(*x.shape[:-1], rows // 2 if epilogue == "glu" else rows, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+    tokens = out.numel() // out.shape[-1]
     form, operand, token_scale = FORMS[codebook.dtype], OPERANDS[x.dtype], scale
     x = x.contiguous()
-    if activations != "none" and multiplies_bytes(activations, form, columns, x.device):
+    if activations != "none" and multiplies_bytes(activations, form, tokens, columns, x.device):
         x, token_scale = activation_kernels.quantize_tokens(x, activations)
         operand = "byte"
     elif activations != "none":
         x = activation_kernels.quantize_activations(x, activations)
-    tokens = out.numel() // out.shape[-1]
     kind = "fp8" if operand == "byte" and form == "fp8" else operand
     chosen = chosen or _chosen_plan(tokens, rows, columns, bits, kind, x.device)
     chosen = dataclasses.replace(chosen, stages=chosen.fitting_stages(bits, operand, _shared_memory(x.device)))
@@ -558,14 +566,17 @@ def _launch_gemv(tensors: tuple, sizes: tuple[int, ...], shape: dict[str, Any], 
         _sum_kernel[grid](target, token_scale, scale, bias, out, tokens, rows, scale_stride, **kept, **tile)
 
 
-def multiplies_bytes(activations: str, form: str, columns: int, device: torch.device) -> bool:
-    """Whether 8-bit activations are multiplied as such: with a codebook of their kind, on a part that can, and in no
-    more columns than a sum of integers has room for."""
+def multiplies_bytes(activations: str, form: str, tokens: int, columns: int, device: torch.device) -> bool:
+    """Whether 8-bit activations are multiplied as such.
+
+    That takes a codebook of their kind; for int8, no more columns than a sum of integers has room for; for e4m3, a part
+    that can, and many tokens: the instruction for few of them converts both to 16 bits.
+    """
     if activations != form:
         return False
     if form == "int8":
         return columns <= INTEGER_COLUMNS
-    return INTERPRETED or not NVIDIA or torch.cuda.get_device_capability(device) >= (8, 9)
+    return tokens > FEW and (INTERPRETED or _wide(device))
 
 
 def specialization(

@@ -516,9 +516,9 @@ def _plan(
     registers there are for what they hold.
     """
     across, mb, wide = cdiv(outputs, ROW_BLOCK), 1, x.dtype == torch.float32
-    while not wide and mb < 4 and 8 * mb < tokens and across * cdiv(tokens, 8 * mb) > linear.processors(x.device):
+    while not wide and mb < 2 and 8 * mb < tokens and across * cdiv(tokens, 8 * mb) > linear.processors(x.device):
         mb *= 2
-    most = 8 if wide or mb == 4 else 16
+    most = 8 if wide else 16
     steps = max(1, cdiv(columns, linear.step_columns(bits)))
     wk = min(most // gates, next_power_of_2(steps))
     return (across, cdiv(tokens, 8 * mb)), {"WK": wk, "MB": mb, "num_warps": gates * wk, "num_stages": 1}

@@ -75,8 +75,11 @@ def test_float64(toys):
 
 
 def test_tensor_cores(toys):
-    _, found = toys
-    assert found["product"]["classes"]["tensor"] > 0 and found["product"]["broken"] == ["tensor cores"]
+    part, found = toys
+    kind = {"sm_90": "tensor wgmma", "gfx942": "tensor mfma"}[part]
+    assert found["product"]["classes"][kind] > 0 and found["product"]["broken"] == ["tensor cores"]
+    wanted = {"no tensor tcgen05", "shared load 128"} if part == "sm_90" else {"no tensor tcgen05"}
+    assert wanted <= set(", ".join(found["product_elsewhere"]["broken"]).split(", "))
 
 
 def test_spills(toys):

@@ -155,12 +155,13 @@ $L__BB0_1:
 	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x10, %r6;
 	st.global.v2.b16 [ %rd3 + 0 ], { %rs1, %rs2 };
 	st.shared.b32 [ %r7 + 0 ], %r8;
+	{.reg .b64 a; mad.wide.u32 a, %r1, 4, %rd4; ld.global.nc.b32 %r9, [a];}
 	@%p2 bra 	$L__BB0_1;
 	ld.global.b64 %rd4, [ %rd5 + 0 ];
 	ret;
 """
     done = main_pass(PTX.parse(text), PTX)
-    assert [PTX.moved(opcode) for opcode in done.opcodes] == [16, 16, 4, 0, 0]
+    assert [PTX.moved(opcode) for opcode in done.opcodes] == [16, 16, 4, 0, 0, 4, 0]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,9 @@ $L__BB0_1:
         ("LDGSTS.E.BYPASS.128", "load 128", {"issue": 1, "memory": 4}),
         ("LDS.128", "shared load 128", {"issue": 1, "memory": 4}),
         ("STL", "local store 32", {"issue": 1, "memory": 1}),
-        ("HMMA.16816.F32.BF16", "tensor", {"issue": 1}),
+        ("HMMA.16816.F32.BF16", "tensor mma", {"issue": 1}),
+        ("HGMMA.64x256x16.F32.BF16", "tensor wgmma", {"issue": 1}),
+        ("UTCQMMA", "tensor tcgen05", {"issue": 1}),
         ("BAR.SYNC.DEFER_BLOCKING", "barrier", {"issue": 1}),
         ("IMAD.WIDE", "int64", {"issue": 1, "multiply": 1}),
         ("ISETP.GE.AND.EX", "int64", {"issue": 1, "integer": 1}),
@@ -196,7 +199,7 @@ def test_nvidia_instructions(opcode, name, work):
         ("v_fma_f32", "", {"issue": 1}),
         ("v_mad_u64_u32", "int64", {"issue": 4}),
         ("v_add_f64", "fp64", {"issue": 1}),
-        ("v_mfma_f32_16x16x16_bf16", "tensor", {}),
+        ("v_mfma_f32_16x16x16_bf16", "tensor mfma", {}),
         ("s_barrier", "barrier", {}),
         ("buffer_load_ushort", "load 16", {"memory": 1}),
         ("ds_read_b128", "shared load 128", {"shared": 4}),

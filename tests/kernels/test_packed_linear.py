@@ -164,9 +164,9 @@ def test_columns_split_over_programs_of_which_the_last_have_none(kernel_device, 
 
 def test_integers_are_multiplied_where_their_sums_fit():
     cpu, most = torch.device("cpu"), 132_000
-    assert multiplies_bytes("int8", "int8", most, cpu)
-    assert not multiplies_bytes("int8", "int8", most + 1000, cpu)  # 127 * 127 * 133 000 is above 2^31 already
-    assert not multiplies_bytes("int8", "float", 1, cpu)
+    assert multiplies_bytes("int8", "int8", 1, most, cpu)
+    assert not multiplies_bytes("int8", "int8", 1, most + 1000, cpu)  # 127 * 127 * 133 000 is above 2^31 already
+    assert not multiplies_bytes("int8", "float", 1, 1, cpu)
 
 
 def test_sums_are_float32_whatever_the_default_dtype(kernel_device, set_default_dtype):

@@ -74,6 +74,8 @@ def variants():
     yield Variant("transcendental", transcendental, tensors, **sizes)
     yield Variant("double", double, tensors, **sizes)
     yield Variant("product", product, tensors)
+    meant = {"present": dict.fromkeys(PARTS, "tensor tcgen05"), "absent": dict.fromkeys(PARTS, "shared load.*")}
+    yield Variant("product_elsewhere", product, tensors, tensor_cores=True, **meant)
     yield Variant("hungry", hungry, {**tensors, "BLOCK": 4096}, warps=1)
 
 
