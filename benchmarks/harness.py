@@ -194,7 +194,11 @@ def _captured(call: Call, calls: int) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         _repeat(call, calls)
-    return graph.replay
+
+    def replay(captured: Call = call) -> None:  # which owns tensors that the graph only has the addresses of
+        graph.replay()
+
+    return replay
 
 
 class Clock:
@@ -514,6 +518,7 @@ def command(plans: Any, run: Callable[[Any, Path, torch.device], Path], about: s
         help="folder of the record  [default: benchmarks/results/DEVICE; runs/benchmarks/DEVICE with --quick]",
     )
     def main(quick: bool, output: Path | None) -> None:
+        gc.freeze()  # what is imported stays: collections, one for each contender that fails, need not look through it
         device = training_device()
         run(plans.quick(device) if quick else plans.full(device), folder(output, quick), device)
 

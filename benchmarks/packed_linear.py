@@ -70,6 +70,7 @@ STORED = {None: torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  
 SAMPLED = (16, 256)  # tokens and outputs whose errors are looked at
 NUMERICAL_ERROR = 1e-2  # what is wrong errs by far more, and tests/kernels checks to rounding
 PEER_ERROR = 0.2  # of 4 bits in groups: about 0.09
+PROCESSES = 16  # that compile, at most: each has a context on the GPU, of about half a GiB
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,8 @@ class Job(NamedTuple):
 def compile_ahead(plan: Plan, processors: int) -> None:
     """Compiles what the cases run, into Triton's cache, in many processes: in one it takes longer than to measure."""
     jobs = compile_jobs(plan, processors)
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    processes = min(os.cpu_count() or 1, PROCESSES)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         list(tqdm(pool.map(run_job, jobs), total=len(jobs), desc="compiling", unit="kernel"))
 
 
@@ -245,8 +247,10 @@ def compile_jobs(plan: Plan, processors: int) -> list[Job]:
     for case in plan.cases():
         sizes = case["m"], case["n"], case["k"]
         for activations, bits in plan.packed(case):
-            job = Job(kernels.plan(*sizes, bits, processors), bits, activations, *map(_alike, sizes))
-            jobs[job] = None
+            chosen = kernels.plan(*sizes, bits, processors, "fp8" if activations == "fp8" else "bf16")
+            tokens, rows, columns = map(_alike, sizes)
+            tokens += kernels.FEW if case["m"] > kernels.FEW else 0  # on which hangs whether fp8 is multiplied as such
+            jobs[Job(chosen, bits, activations, tokens, rows, columns)] = None
     return list(jobs)
 
 

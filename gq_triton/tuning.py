@@ -117,7 +117,7 @@ def _fastest(case: Case, processors: int, timer: Callable[[Case, Plan], float]) 
 
 def _plans(case: Case, processors: int) -> list[Plan]:
     """The rule's, and the others that are worth measuring."""
-    return list(dict.fromkeys([kernels.plan(*case[:4], processors), *kernels.candidates(*case[:4])]))
+    return list(dict.fromkeys([kernels.plan(*case[:4], processors, case.operand), *kernels.candidates(*case[:4])]))
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _product(case: Case) -> tuple[tuple, Tensor]:
     if operand == "byte":
         codebook, activations = (127 * codebook).round().to(torch.int8), "int8"
     arguments = x, tiles, codebook, torch.ones(rows, device="cuda"), None, bits, "none", activations
-    rule = kernels.plan(*case[:4], _present_gpu().multi_processor_count)
+    rule = kernels.plan(*case[:4], _present_gpu().multi_processor_count, operand)
     return arguments, kernels.launch(*arguments, chosen=rule)
 
 

@@ -75,7 +75,8 @@ def _forward_cpu(
 ) -> Tensor:
     weight = scale.view(-1, 1, 1) * stored_values(codebook)[_codes(packed, scale, bits, kernel_size, tiled)]
     bias = None if bias is None else bias.float()
-    y = torch.nn.functional.conv1d(x.float(), weight, bias, stride, padding, dilation, x.shape[1])
+    with torch.autocast("cpu", enabled=False):
+        y = torch.nn.functional.conv1d(x.float(), weight, bias, stride, padding, dilation, x.shape[1])
     return _empty(x, y.shape[1], y.shape[2]).copy_(y)
 
 

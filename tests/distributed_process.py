@@ -90,6 +90,7 @@ def main(kind, output):
         launches = torch.tensor(operations.counts["fake_quantize"])
         torch.save({**state, "logits": logits, "launches": launches}, output)
     if PROCESSES > 1:
+        dist.barrier()  # a process that goes while the other still talks to it may be aborted
         dist.destroy_process_group()
 
 

@@ -64,6 +64,12 @@ def test_a_stopped_run_goes_on(gpu, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plans.json"]
 
 
+@pytest.mark.parametrize("operand", tuning.DTYPES)
+def test_the_rule_is_that_of_the_operand(operand):
+    case = Case(1024, 8192, 8192, 4, operand)
+    assert tuning._plans(case, 132)[0] == kernels.plan(*case[:4], 132, operand)
+
+
 def test_plans_that_do_not_run_are_passed_over(gpu, tmp_path):
     rule = kernels.plan(*CASES[0][:4], 132)
     (tuned,) = tune(CASES[:1], tmp_path / "plans.json", lambda case, plan: 5.0 if plan == rule else math.inf)

@@ -1,5 +1,8 @@
+import gc
 import json
 import subprocess
+import weakref
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -94,6 +97,17 @@ def test_a_graph_makes_all_calls_of_a_sample(flush):
     assert counter.item() == 0  # captured, not run
     assert harness.Clock(device, mode).sample(replay)() > 0
     assert counter.item() == (5 if flush else 10)  # one replay fills the cache
+
+
+def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    tensor = torch.ones(3)
+    kept, replay = weakref.ref(tensor), harness._captured(partial(torch.neg, tensor), 2)
+    del tensor
+    gc.collect()
+    replay()
+    assert kept() is not None
 
 
 @pytest.mark.parametrize("milliseconds, count", [(1e-9, 100), (20.0, 50), (600.0, 3)])

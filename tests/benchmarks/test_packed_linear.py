@@ -179,6 +179,16 @@ def test_every_kernel_is_compiled_ahead_once(gpu_plan):
     assert [packed_linear._alike(size) for size in (1, 2, 16, 48, 8192, 8200)] == [1, 8, 16, 16, 16, 8]
 
 
+def test_jobs_for_many_tokens_run_as_the_case_does(gpu_plan):
+    suite = packed_linear.Suite(((8192, 8192),), (1024,), (1024,), (4,), "bfloat16", ("cold",))
+    jobs = packed_linear.compile_jobs(replace(gpu_plan, suites=(suite,)), processors=132)
+    kernels = packed_linear.kernels
+    plans = {kind: kernels.plan(1024, 8192, 8192, 4, 132, kind) for kind in ("bf16", "byte", "fp8")}
+    assert [job.chosen for job in jobs] == list(plans.values())
+    assert plans["fp8"] != plans["bf16"]
+    assert all(job.tokens > kernels.FEW and job.tokens % 16 == 0 for job in jobs)  # few are not multiplied as fp8
+
+
 @pytest.mark.parametrize("activations", [None, "int8", "fp8"])
 def test_a_job_launches_its_kernel(activations):
     pytest.importorskip("triton")

@@ -116,6 +116,14 @@ def test_the_cpu_equals_torch(data):
     torch.testing.assert_close(actual, expected)
 
 
+def test_sums_stay_float32_under_autocast():
+    x, (packed, codebook, scale) = torch.randn(2, 8, 20), weight(4, 8, 5)
+    arguments = x, packed, codebook, scale, None, 4, 5, 1, 2, 1
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = pc.packed_depthwise_conv1d(*arguments, False)
+    torch.testing.assert_close(actual.double(), pc.reference(*arguments), **TOLERANCE[torch.float32])
+
+
 def test_empty_batch(implementation):
     device, forward, tiled = implementation
     packed, *table = weight(3, 6, 3, device)
