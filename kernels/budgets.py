@@ -15,6 +15,7 @@ from gq_triton.kernels import tables as table_kernels
 from gq_triton.kernels.aot import Variant, broken_budgets, require_compiler, roofline
 from gq_triton.kernels.backend import next_power_of_2, tl
 from gq_triton.kernels.parts import PARTS
+from gq_triton.kernels.tiles import step_columns
 
 __all__ = ["DTYPES", "measure", "variants"]
 
@@ -170,7 +171,7 @@ def _gemv(name: str, arguments: dict[str, Any], plan: linear.Plan, **labels: Any
         name,
         linear._gemv_kernel,
         arguments | tile,
-        elements=plan.rows * across * linear.step_columns(bits) * _unrolled(way),
+        elements=plan.rows * across * step_columns(bits) * _unrolled(way),
         read=bits / 8,
         allowed=_allowed(name, bits, operand),
         wide=NVIDIA_PARTS,
@@ -188,7 +189,7 @@ def _gemm(name: str, arguments: dict[str, Any], plan: linear.Plan, **labels: Any
         name,
         linear._gemm_kernel,
         arguments | tile,
-        elements=plan.rows * linear.step_columns(arguments["BITS"]),
+        elements=plan.rows * step_columns(arguments["BITS"]),
         present=GEMM_MMA if arguments["FORM"] != "int8" else {k: v for k, v in GEMM_MMA.items() if k != "sm_100"},
         absent=dict.fromkeys(PARTS, "local.*"),
         spills=dict.fromkeys(NVIDIA_PARTS, 320),  # of GELU, once; the main loop is held to none
@@ -247,7 +248,7 @@ def _packed_recurrent(bits: int, dtype: str) -> Iterator[Variant]:
             dtype=dtype,
             warps=across * (4 if gates > 1 else 1),
             stages=1,
-            elements=16 * gates * across * linear.step_columns(bits) * _unrolled(shared["WAY"]),
+            elements=16 * gates * across * step_columns(bits) * _unrolled(shared["WAY"]),
             read=bits / 8,
             allowed=_allowed(name, bits, dtype),
             tensor_cores=None,

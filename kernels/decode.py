@@ -25,6 +25,7 @@ in `gq_triton.kernels.budgets` notice when a compiler chooses others.
 from __future__ import annotations
 
 from gq_triton.kernels.backend import bound, jit, tl
+from gq_triton.kernels.tables import e4m3_numbers
 
 __all__ = ["affine", "byte_permute", "decoded", "load_tables", "multiply", "natural", "way_of"]
 
@@ -137,8 +138,8 @@ def _number(stored, FORM: tl.constexpr):
         number = stored.to(tl.float32, bitcast=True)
     elif FORM == "int8":
         number = ((stored << 24) >> 24).to(tl.float32)
-    else:  # e4m3 in a float32's place has an exponent that is 120 too small, also where it is subnormal
-        number = (((stored & 127) << 20) | ((stored & 128) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    else:
+        number = e4m3_numbers(stored)
     return number
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gq_triton.kernels.backend import bound, cdiv, jit, launching, next_power_of_2, tl
 from gq_triton.kernels.packing import unpack
-from gq_triton.kernels.tables import load_values, stored_values
-from gq_triton.kernels.tiles import load_tiled, tile, untile
+from gq_triton.kernels.tables import as_stored, load_values, stored_values
+from gq_triton.kernels.tiles import codes_of, load_tiled, tile
 
 __all__ = ["output_length", "packed_depthwise_conv1d", "reference"]
 
@@ -82,8 +82,7 @@ def _forward_cpu(
 
 def _codes(packed: Tensor, scale: Tensor, bits: int, kernel_size: int, tiled: bool) -> Tensor:
     """The codes (N, 1, k), int32."""
-    packed = untile(packed, bits, len(scale), kernel_size) if tiled else packed
-    return unpack(packed, bits, (len(scale), 1, kernel_size)).int()
+    return codes_of(packed, bits, len(scale), kernel_size, tiled).unsqueeze(1).int()
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -193,9 +192,7 @@ def _launch(
     if not out.numel():
         return out
     tiles = packed if tiled else tile(packed, bits, rows, kernel_size)
-    if codebook.dtype == torch.float8_e4m3fn:  # which not every GPU knows
-        codebook = codebook.view(torch.uint8)
-    tensors = x, tiles.contiguous(), codebook.contiguous(), scale, scale if bias is None else bias.contiguous(), out
+    tensors = x, tiles.contiguous(), as_stored(codebook), scale, scale if bias is None else bias.contiguous(), out
     sizes = rows, x.shape[2], length, rows // x.shape[1], kernel_size, stride, padding, dilation
     channels, times = choose_tile(rows, length, _channels_last(x))
     grid = (x.shape[0] * cdiv(rows, channels) * cdiv(length, times),)

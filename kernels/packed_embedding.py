@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gq_triton.kernels.backend import cdiv, jit, launching, next_power_of_2, tl
 from gq_triton.kernels.packing import unpack, unpack_at
-from gq_triton.kernels.tables import load_values, stored_values
+from gq_triton.kernels.tables import as_stored, load_values, stored_values
 from gq_triton.kernels.tiles import ROW_BLOCK, load_tiled, row_blocks, tile, untile
 
 __all__ = ["packed_embedding", "reference"]
@@ -113,14 +113,12 @@ def _launch(
         return out
     rows = scale.numel()
     tiles = packed if tiled else tile(packed, bits, rows, embedding_dim, groups)
-    if codebook.dtype == torch.float8_e4m3fn:  # which not every GPU knows
-        codebook = codebook.view(torch.uint8)
     blocks = row_blocks(rows, groups)
     sizes = rows, embedding_dim, blocks, rows // groups, blocks // groups * ROW_BLOCK, scale.stride(0)
     block = min(1024, next_power_of_2(embedding_dim))
     grid = (indices.numel() * cdiv(embedding_dim, block),)
     with launching(indices):
-        _kernel[grid](indices.contiguous(), tiles.contiguous(), codebook.contiguous(), scale, out, *sizes, bits, block)
+        _kernel[grid](indices.contiguous(), tiles.contiguous(), as_stored(codebook), scale, out, *sizes, bits, block)
     return out
 
 

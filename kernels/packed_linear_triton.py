@@ -31,7 +31,8 @@ from torch import Tensor
 from gq_triton.kernels import activations as activation_kernels
 from gq_triton.kernels.backend import INTERPRETED, bound, cdiv, jit, launching, next_power_of_2, tl, triton
 from gq_triton.kernels.decode import decoded, load_tables, multiply, natural, way_of
-from gq_triton.kernels.tiles import as_words
+from gq_triton.kernels.tables import as_stored
+from gq_triton.kernels.tiles import as_words, step_columns
 
 __all__ = [
     "FORMS",
@@ -396,11 +397,6 @@ class Plan:
         return max(1, sum(count <= shared for count in needed))
 
 
-def step_columns(bits: int) -> int:
-    """Columns of a weight that are decoded together: 256 over the width of its narrowest plane."""
-    return 64 * (1 if bits % 4 == 0 else 2 if bits % 2 == 0 else 4)
-
-
 def plan(
     tokens: int, rows: int, columns: int, bits: int, processors: int, operand: str = "bf16", wide: bool = True
 ) -> Plan:
@@ -461,8 +457,10 @@ def use_tuned(plans: dict[tuple, Plan]) -> None:
     """Prefer these plans, by `tuned_key`, to those of `plan`; replaces what an earlier call gave."""
     _TUNED.clear()
     _TUNED.update(plans)
+    _chosen_plan.cache_clear()
 
 
+@functools.lru_cache(1 << 12)  # a call of a small layer takes no longer than this takes
 def _chosen_plan(tokens: int, rows: int, columns: int, bits: int, operand: str, device: torch.device) -> Plan:
     key = tuned_key(device, tokens, rows, columns, bits, operand) if _TUNED else None
     return _TUNED.get(key) or plan(tokens, rows, columns, bits, processors(device), operand, _wide(device))
@@ -472,6 +470,11 @@ def _chosen_plan(tokens: int, rows: int, columns: int, bits: int, operand: str, 
 def processors(device: torch.device) -> int:
     """Multiprocessors of ``device``; under the interpreter, a few."""
     return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(1 << 12)
+def _fitted(chosen: Plan, bits: int, operand: str, device: torch.device) -> Plan:
+    return dataclasses.replace(chosen, stages=chosen.fitting_stages(bits, operand, _shared_memory(device)))
 
 
 def _wide(device: torch.device) -> bool:
@@ -522,13 +525,12 @@ def launch(
     elif activations != "none":
         x = activation_kernels.quantize_activations(x, activations)
     kind = "fp8" if operand == "byte" and form == "fp8" else operand
-    chosen = chosen or _chosen_plan(tokens, rows, columns, bits, kind, x.device)
-    chosen = dataclasses.replace(chosen, stages=chosen.fitting_stages(bits, operand, _shared_memory(x.device)))
+    chosen = _fitted(chosen or _chosen_plan(tokens, rows, columns, bits, kind, x.device), bits, operand, x.device)
     tensors = (
         x.view(tokens, columns),
         token_scale,
         as_words(tiles),
-        (codebook.view(torch.uint8) if form == "fp8" else codebook).contiguous(),
+        as_stored(codebook),
         scale,
         scale if bias is None else bias.contiguous(),
         out,

@@ -35,9 +35,8 @@ from gq_triton.kernels import packed_linear_triton as linear
 from gq_triton.kernels.backend import cdiv, jit, launching, next_power_of_2, tl
 from gq_triton.kernels.decode import multiply
 from gq_triton.kernels.packed_linear_triton import sigmoid, tanh
-from gq_triton.kernels.packing import unpack
-from gq_triton.kernels.tables import stored_values
-from gq_triton.kernels.tiles import ROW_BLOCK, as_words, tile, untile
+from gq_triton.kernels.tables import as_stored, stored_values
+from gq_triton.kernels.tiles import ROW_BLOCK, as_words, codes_of, step_columns, tile
 
 __all__ = ["decode_weights", "packed_recurrent", "recurrent", "reference", "weight_shapes"]
 
@@ -99,8 +98,8 @@ def decode_weights(
 def _decode(
     codes: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: tuple[int, int, int], tiled: bool
 ) -> Tensor:
-    rows, columns, _ = shape
-    codes = unpack(untile(codes, bits, *shape) if tiled else codes, bits, (rows, columns))
+    rows, columns, groups = shape
+    codes = codes_of(codes, bits, rows, columns, tiled, groups)
     return scale.unsqueeze(1) * stored_values(codebook)[codes.int()]
 
 
@@ -419,8 +418,7 @@ class _Weight(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        codebook = self.codebook.view(torch.uint8) if self.codebook.dtype == torch.float8_e4m3fn else self.codebook
-        return as_words(self.tiles), codebook.contiguous(), self.scale
+        return as_words(self.tiles), as_stored(self.codebook), self.scale
 
     def named(self, suffix: str = "") -> dict[str, Any]:
         return {f"{name}{suffix}": self.options[name] for name in ("BITS", "FORM", "WAY", "UNIT")}
@@ -519,7 +517,7 @@ def _plan(
     while not wide and mb < 2 and 8 * mb < tokens and across * cdiv(tokens, 8 * mb) > linear.processors(x.device):
         mb *= 2
     most = 8 if wide else 16
-    steps = max(1, cdiv(columns, linear.step_columns(bits)))
+    steps = max(1, cdiv(columns, step_columns(bits)))
     wk = min(most // gates, next_power_of_2(steps))
     return (across, cdiv(tokens, 8 * mb)), {"WK": wk, "MB": mb, "num_warps": gates * wk, "num_stages": 1}
 

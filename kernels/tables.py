@@ -180,6 +180,11 @@ def stored_values(codebook: Tensor) -> Tensor:
     return codebook.float() / CODEBOOK_SCALES.get(codebook.dtype, 1.0)
 
 
+def as_stored(codebook: Tensor) -> Tensor:
+    """A codebook in its deployed dtype as kernels take it: contiguous, e4m3 as uint8, since not every GPU knows it."""
+    return (codebook.view(torch.uint8) if codebook.dtype == torch.float8_e4m3fn else codebook).contiguous()
+
+
 @torch.no_grad()
 def thresholds(centroids: Tensor, mu: Tensor) -> Tensor:
     """The borders between codes (..., K - 1), in units of the scale, float64; infinite where clamping decides."""
@@ -298,14 +303,21 @@ def _backward(
 
 
 @jit
+def e4m3_numbers(stored):
+    """The float32 numbers of e4m3 bytes: their exponent and mantissa where float32 has them, where it is 120 too small,
+    also if they are subnormal."""
+    bits = (stored.to(tl.int32) & 0x7F) << 20 | (stored.to(tl.int32) & 0x80) << 24
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@jit
 def load_values(codebook, codes):
-    """As `stored_values`, of the entries that ``codes`` name; an e4m3 codebook is passed as uint8."""
+    """As `stored_values`, of the entries that ``codes`` name; the codebook is `as_stored`."""
     values = tl.load(codebook + codes)
     if codebook.dtype.element_ty == tl.int8:
         values = tl.div_rn(values.to(tl.float32), tl.full(values.shape, 127.0, tl.float32))
-    elif codebook.dtype.element_ty == tl.uint8:  # its exponent and mantissa where float32 has them; 2^112 for the bias
-        bits = (values.to(tl.int32) & 0x7F) << 20 | (values.to(tl.int32) & 0x80) << 24
-        values = bits.to(tl.float32, bitcast=True) * 5.192296858534828e33
+    elif codebook.dtype.element_ty == tl.uint8:
+        values = e4m3_numbers(values) * 0.00390625
     return values
 
 

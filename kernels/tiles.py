@@ -33,9 +33,20 @@ import torch
 from torch import Tensor
 
 from gq_triton.kernels.backend import cdiv, jit, tl
-from gq_triton.kernels.packing import PLANES, pack_plane, packed_bytes, split_planes, unpack_plane
+from gq_triton.kernels.packing import PLANES, pack_plane, packed_bytes, split_planes, unpack, unpack_plane
 
-__all__ = ["ROW_BLOCK", "as_words", "load_tiled", "padded_columns", "row_blocks", "tile", "tiled_bytes", "untile"]
+__all__ = [
+    "ROW_BLOCK",
+    "as_words",
+    "codes_of",
+    "load_tiled",
+    "padded_columns",
+    "row_blocks",
+    "step_columns",
+    "tile",
+    "tiled_bytes",
+    "untile",
+]
 
 ROW_BLOCK = 16
 _CHUNK = 1 << 20  # codes converted at a time, to bound temporaries
@@ -52,10 +63,14 @@ def row_blocks(rows: int, groups: int = 1) -> int:
     return groups * cdiv(rows // groups, ROW_BLOCK)
 
 
+def step_columns(bits: int) -> int:
+    """Columns of a column block of the narrowest plane: fewer cannot be decoded at a time."""
+    return 256 // PLANES[bits][-1]
+
+
 def padded_columns(columns: int, bits: int) -> int:
     """Columns that every plane of a weight of ``columns`` columns has room for."""
-    unit = 256 // PLANES[bits][-1]
-    return cdiv(columns, unit) * unit
+    return cdiv(columns, step_columns(bits)) * step_columns(bits)
 
 
 def tiled_bytes(rows: int, columns: int, bits: int, groups: int = 1) -> int:
@@ -103,6 +118,12 @@ def untile(tiles: Tensor, bits: int, rows: int, columns: int, groups: int = 1) -
             start = top * columns * width // 8
             target[start : start + len(part)] = part
     return packed
+
+
+def codes_of(packed: Tensor, bits: int, rows: int, columns: int, tiled: bool, groups: int = 1) -> Tensor:
+    """The codes (rows, columns), uint8, of a weight in tiles or, if not ``tiled``, in bit planes."""
+    packed = untile(packed, bits, rows, columns, groups) if tiled else packed
+    return unpack(packed, bits, (rows, columns))
 
 
 def as_words(tiles: Tensor) -> Tensor:
