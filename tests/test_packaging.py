@@ -1,7 +1,11 @@
 """The project file and the tree agree, and the package imports where less is installed."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,3 +41,87 @@ def test_the_quantizer_needs_no_optional_package():
     code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import gq_triton; import gq_triton.cli.main"
     run = run_python(code, ROOT)
     assert run.returncode == 0, run.stderr
+
+
+# --- the native library -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A copy of what a distribution is built from, with native kernels of no instruction set, which are slow to build:
+    as if the compiler knew none of them."""
+    pytest.importorskip("setuptools", minversion="77", reason="the project is built with setuptools 77 or later")
+    copy = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.dll", "isa_avx*.cpp", "isa_neon.cpp")
+    for name in ("gq_triton", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def build(tree: Path, kind: str, compiler: str) -> Path:
+    """The one distribution that ``setup.py`` builds with that compiler."""
+    command = [sys.executable, "setup.py", "--quiet", kind]
+    environment = os.environ | {"CC": compiler, "CXX": compiler}
+    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (found,) = (tree / "dist").iterdir()
+    return found
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def quick_compiler(tmp_path) -> str:
+    """The compiler, made to optimize nothing."""
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+LAYER = """
+import torch, gq_triton as gq
+from gq_triton.kernels import native
+layer, x = torch.nn.Sequential(torch.nn.Linear(40, 24)), torch.randn(3, 40)
+gq.quantize_(layer, gq.GQConfig(bits=4, codebook="int8", activations="int8"), step="prepare")
+expected = layer(x)
+gq.quantize_(layer, step="convert")
+torch.testing.assert_close(layer(x), expected)
+print(native.isas())
+print(native.reason())
+"""
+
+
+def test_a_wheel_has_the_library(tree, quick_compiler, tmp_path):
+    wheel = build(tree, "bdist_wheel", quick_compiler)
+    _, _, *tag = wheel.stem.split("-")
+    assert tag[:2] == ["py3", "none"] and tag[2] != "any", wheel.name
+    installed = unpack(wheel, tmp_path / "installed")
+    assert not list(installed.glob("**/*.cpp")), "sources belong to the source distribution"
+    run = run_python(LAYER, installed)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "('portable',)\nNone\n"
+
+
+def test_without_a_compiler_there_is_no_library_and_all_else_works(tree, tmp_path):
+    installed = unpack(build(tree, "bdist_wheel", "false"), tmp_path / "installed")
+    assert not [file for file in installed.glob("**/_native*") if file.suffix != ".py"]
+    run = run_python(LAYER, installed)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("()\n") and "was not built" in run.stdout
+
+
+def test_a_source_distribution_has_the_sources_of_the_library(tree):
+    with tarfile.open(build(tree, "sdist", "false")) as archive:
+        packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    native = {file.relative_to(tree) for file in (tree / "kernels" / "native").iterdir()}
+    assert native | {Path("setup.py"), Path("kernels", "native.py")} <= packed

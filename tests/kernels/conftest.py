@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from panels import using
 from torch import Tensor
 
-from gq_triton.kernels import backend, tables
+from gq_triton.kernels import backend, native, tables
 
 
 class Quantizer(NamedTuple):
@@ -49,6 +50,25 @@ def kernel_device() -> torch.device:
     if not backend.INTERPRETED:
         pytest.skip("no GPU, and triton is missing or was imported without TRITON_INTERPRET=1")
     return torch.device("cpu")
+
+
+@pytest.fixture(params=["native", "torch", "triton"])
+def kernels(request, monkeypatch) -> str:
+    """Each implementation of a packed operator that this machine has."""
+    if request.param == "triton":
+        request.getfixturevalue("kernel_device")
+    if request.param == "native" and not native.available():
+        pytest.skip(f"no native library: {native.reason()}")
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
+    return request.param
+
+
+@pytest.fixture(params=native.isas())
+def isa(request):
+    """Each instruction set of native kernels that this processor has."""
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture

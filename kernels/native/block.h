@@ -1,0 +1,322 @@
+// The product of blocks, 16 rows of a weight each, with tokens.
+//
+// Codes are decoded once for all tokens of a bundle, whose sums stay in registers. A token has up to four sums, so that
+// additions need not wait for one another. Integers are exact in any order. Floats are summed in the same order for any
+// number of tokens: 128 columns at a time, column k into sum k mod 4, and the four sums one after the other into a total.
+
+#pragma once
+
+#include <utility>
+
+#include "isa.h"
+
+namespace {
+
+template <int N>
+struct Index {
+    static constexpr int value = N;
+};
+
+// f(Index<0>), ..., f(Index<COUNT - 1>).
+template <int... I, class Function>
+GQ_INLINE void each_of(std::integer_sequence<int, I...>, const Function& f) {
+    (f(Index<I>()), ...);
+}
+template <int COUNT, class Function>
+GQ_INLINE void repeat(const Function& f) {
+    each_of(std::make_integer_sequence<int, COUNT>(), f);
+}
+
+template <class Simd>
+struct BlockKernels {
+    using Ints = typename Simd::Ints;
+    using Floats = typename Simd::Floats;
+    using Bytes = typename Simd::Bytes;
+
+    static constexpr int AHEAD = 2048;           // bytes of codes that are fetched before they are needed
+    static constexpr int FEW = Simd::BUNDLE / 4;  // tokens that have room for four sums each
+    static constexpr int STRETCH = 4;            // tiles, the 128 columns above
+    static constexpr int MANY = 64;              // tokens whose totals are kept in the cache
+
+    // Sums that each of so many results has room for, at most `most`.
+    static constexpr int sums_of(int results, int most) {
+        return Simd::BUNDLE / results > most ? most : Simd::BUNDLE / results;
+    }
+
+    // What multiplies the 16 sums.
+    static Floats factors(const gq::Weight& weight, int64_t block) {
+        const float* first = weight.scale + weight.first_row(block) * weight.scale_stride;
+        const int64_t rows = weight.row_count(block);
+        float scales[gq::BLOCK];
+        for (int64_t row = 0; row < gq::BLOCK; ++row) scales[row] = row < rows ? first[row * weight.scale_stride] : 0.0f;
+        const Floats scale = rows == gq::BLOCK && weight.scale_stride ? Simd::load(first) : Simd::load(scales);
+        if (weight.codebook_kind == GQ_INT8) return Simd::div(scale, Simd::set(127.0f));
+        return weight.codebook_kind == GQ_E4M3 ? Simd::mul(scale, Simd::set(1.0f / 256.0f)) : scale;
+    }
+
+    template <int BITS>
+    GQ_INLINE static void prefetch(const uint8_t* tile) {
+        for (int j = 0; j < BITS; ++j) Simd::prefetch(tile + AHEAD + 64 * j);
+    }
+
+    // f(Index<tokens of the bundle>, its first token), bundle by bundle; none holds more than MOST.
+    template <int MOST, class Function>
+    GQ_INLINE static void bundles(int64_t count, const Function& f) {
+        for (int64_t first = 0, size; first < count; first += size) {
+            size = gq::bundle_size(count - first, Simd::BUNDLE);
+            one_bundle<MOST>(size, first, f);
+        }
+    }
+    template <int SIZE, class Function>
+    GQ_INLINE static void one_bundle(int64_t size, int64_t first, const Function& f) {
+        if (size == SIZE) return f(Index<SIZE>(), first);
+        if constexpr (SIZE > 1) one_bundle<SIZE / 2>(size, first, f);
+    }
+
+    // --- integers -----------------------------------------------------------------------------------------------------
+
+    // The entries of an int8 codebook, `offset` added, for Decoder. Where these are stored they have 128 added already.
+    template <int BITS>
+    static void byte_entries(const gq::Weight& weight, int offset, uint8_t* entries) {
+        const uint8_t* codebook = static_cast<const uint8_t*>(weight.codebook);
+        for (int code = 0; code < 1 << BITS; ++code)
+            entries[code] = static_cast<uint8_t>((BITS == 8 ? code ^ 128 : codebook[code]) + offset);
+    }
+
+    template <int BITS>
+    static void integers(const gq::Weight& weight, int64_t first_block, int64_t blocks, const gq::Tokens& x, float* y,
+                         int64_t stride) {
+        uint8_t entries[1 << BITS];
+        byte_entries<BITS>(weight, Simd::OFFSET, entries);
+        const typename Simd::template Decoder<BITS> decoder(entries);
+        int64_t i = 0;
+        // Few tokens wait for the codes: several streams of them come faster than one.
+        for (; x.count <= FEW && i + 4 <= blocks; i += 4)
+            integer_blocks<BITS, 4>(decoder, weight, first_block + i, x, y + i * stride, stride);
+        for (; i < blocks; ++i) integer_blocks<BITS, 1>(decoder, weight, first_block + i, x, y + i * stride, stride);
+    }
+
+    template <int BITS, int BLOCKS, class Decoder>
+    static void integer_blocks(const Decoder& decoder, const gq::Weight& weight, int64_t first_block, const gq::Tokens& x,
+                               float* y, int64_t stride) {
+        const uint8_t* codes = weight.panels + first_block * weight.block_bytes();
+        Floats factor[BLOCKS];
+        for (int b = 0; b < BLOCKS; ++b) factor[b] = factors(weight, first_block + b);
+        bundles<Simd::BUNDLE / BLOCKS>(x.count, [&](auto size, int64_t first) GQ_INLINED {
+            integer_bundle<BITS, BLOCKS, size.value>(decoder, codes, weight.block_bytes(), x, first, factor, y, stride);
+        });
+    }
+
+    template <int BITS, int BLOCKS, int TOKENS, class Decoder>
+    static void integer_bundle(const Decoder& decoder, const uint8_t* tile, int64_t block_bytes, const gq::Tokens& x,
+                               int64_t first, const Floats* factor, float* y, int64_t stride) {
+        constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 4);
+        Ints sums[RESULTS][SUMS];
+        repeat<RESULTS * SUMS>([&](auto i) GQ_INLINED { sums[i.value / SUMS][i.value % SUMS] = Simd::zero(); });
+        const int8_t* q = x.q + first * x.padded;
+        for (const int8_t* end = q + TOKENS * x.padded; q != end; q += TOKENS * gq::TILE, tile += 64 * BITS) {
+            repeat<BLOCKS>([&](auto b) GQ_INLINED {
+                const uint8_t* codes = tile + b.value * block_bytes;
+                prefetch<BITS>(codes);
+                repeat<8>([&](auto j) GQ_INLINED {
+                    const Bytes weights = decoder.template group<j.value>(codes);
+                    repeat<TOKENS>([&](auto t) GQ_INLINED {
+                        Ints& sum = sums[b.value * TOKENS + t.value][j.value % SUMS];
+                        sum = Simd::dot(sum, weights, q + 4 * (TOKENS * j.value + t.value));
+                    });
+                });
+            });
+        }
+        repeat<RESULTS>([&](auto i) GQ_INLINED {
+            constexpr int b = i.value / TOKENS, t = i.value % TOKENS;
+            if (first + t >= x.count) return;
+            Ints total = Simd::set_ints(-Simd::OFFSET * x.sum[first + t]);
+            repeat<SUMS>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[i.value][s.value]); });
+            const Floats scale = Simd::mul(Simd::set(x.scale[first + t]), factor[b]);
+            Simd::store(y + b * stride + 16 * (first + t), Simd::mul(Simd::to_floats(total), scale));
+        });
+    }
+
+    // --- floats -------------------------------------------------------------------------------------------------------
+
+    static float e4m3(uint8_t byte) {  // without subnormal numbers, which a thread may have switched off
+        const uint32_t size = byte & 127, bits = ((size << 20) + (120u << 23)) | (byte & 128u) << 24;
+        const float small = static_cast<float>(byte & 128 ? -static_cast<int>(size) : static_cast<int>(size)) / 512.0f;
+        float normal;
+        __builtin_memcpy(&normal, &bits, 4);
+        return size < 8 ? small : normal;
+    }
+
+    // The number that each code stands for, but for what factors() makes up for.
+    static void float_entries(const gq::Weight& weight, float* entries) {
+        const uint8_t* codebook = static_cast<const uint8_t*>(weight.codebook);
+        const int count = 1 << weight.bits;
+        if (weight.codebook_kind == GQ_FLOAT32) __builtin_memcpy(entries, codebook, 4 * count);
+        else if (weight.codebook_kind == GQ_E4M3)
+            for (int code = 0; code < count; ++code) entries[code] = e4m3(codebook[code]);
+        else
+            for (int code = 0; code < count; ++code) entries[code] = static_cast<int8_t>(codebook[code]);
+    }
+
+    // Signed bytes as they are.
+    struct Bytewise {
+        template <int K>
+        Floats look_up(Bytes bytes) const {
+            return Simd::template signed_bytes<K>(bytes);
+        }
+    };
+
+    // Large int8 codebooks are looked up as bytes, like those of integer products, all others as floats.
+    template <int BITS>
+    static void floats(const gq::Weight& weight, int64_t first_block, int64_t blocks, const gq::Tokens& x, float* y,
+                       int64_t stride) {
+        uint8_t codes[1 << BITS];
+        if constexpr (BITS > 5) {
+            if (weight.codebook_kind == GQ_INT8) {
+                byte_entries<BITS>(weight, 0, codes);
+                return float_product<BITS>(weight, first_block, blocks, x, codes, Bytewise(), y, stride);
+            }
+        }
+        float entries[1 << BITS];
+        float_entries(weight, entries);
+        for (int code = 0; code < 1 << BITS; ++code) codes[code] = static_cast<uint8_t>(code);
+        const typename Simd::template Table<BITS> table(entries);
+        float_product<BITS>(weight, first_block, blocks, x, codes, table, y, stride);
+    }
+
+    template <int BITS, class Table>
+    static void float_product(const gq::Weight& weight, int64_t first_block, int64_t blocks, const gq::Tokens& x,
+                              const uint8_t* codes, const Table& table, float* y, int64_t stride) {
+        const typename Simd::template Decoder<BITS> decoder(codes);
+        if (x.count > FEW) return many_tokens<BITS>(decoder, table, weight, first_block, blocks, x, y, stride);
+        const uint8_t* tiles = weight.panels + first_block * weight.block_bytes();
+        for (int64_t i = 0; i < blocks; ++i, tiles += weight.block_bytes(), y += stride) {
+            const Floats factor = factors(weight, first_block + i);
+            bundles<FEW>(x.count, [&](auto size, int64_t first) GQ_INLINED {
+                few_tokens<BITS, size.value>(decoder, table, tiles, x, first, factor, y);
+            });
+        }
+    }
+
+    // Weights never leave the registers.
+    template <int BITS, int TOKENS, class Decoder, class Table>
+    static void few_tokens(const Decoder& decoder, const Table& table, const uint8_t* tile, const gq::Tokens& x,
+                           int64_t first, Floats factor, float* y) {
+        Floats totals[TOKENS];
+        repeat<TOKENS>([&](auto t) GQ_INLINED { totals[t.value] = Simd::set(0.0f); });
+        const float* number = x.x + first * x.padded;
+        for (int64_t left = x.padded / gq::TILE; left > 0; left -= STRETCH) {
+            Floats sums[TOKENS][4];
+            repeat<4 * TOKENS>([&](auto i) GQ_INLINED { sums[i.value / 4][i.value % 4] = Simd::set(0.0f); });
+            const float* end = number + TOKENS * gq::TILE * (left < STRETCH ? left : STRETCH);
+            for (; number != end; number += TOKENS * gq::TILE, tile += 64 * BITS) {
+                prefetch<BITS>(tile);
+                repeat<8>([&](auto j) GQ_INLINED {
+                    const Bytes codes = decoder.template group<j.value>(tile);
+                    repeat<4>([&](auto k) GQ_INLINED {
+                        const Floats weights = table.template look_up<k.value>(codes);
+                        repeat<TOKENS>([&](auto t) GQ_INLINED {
+                            const Floats token = Simd::set(number[4 * (TOKENS * j.value + t.value) + k.value]);
+                            sums[t.value][k.value] = Simd::fma(weights, token, sums[t.value][k.value]);
+                        });
+                    });
+                });
+            }
+            repeat<4 * TOKENS>([&](auto i) GQ_INLINED {
+                totals[i.value / 4] = Simd::add(totals[i.value / 4], sums[i.value / 4][i.value % 4]);
+            });
+        }
+        repeat<TOKENS>([&](auto t) GQ_INLINED {
+            if (first + t.value < x.count) Simd::store(y + 16 * (first + t.value), Simd::mul(totals[t.value], factor));
+        });
+    }
+
+    // Weights are decoded into the cache, a stretch of two blocks at a time, for up to MANY tokens.
+    template <int BITS, class Decoder, class Table>
+    static void many_tokens(const Decoder& decoder, const Table& table, const gq::Weight& weight, int64_t first_block,
+                            int64_t blocks, const gq::Tokens& x, float* y, int64_t stride) {
+        for (int64_t first = 0; first < x.count; first += MANY) {
+            gq::Tokens tokens = x;
+            tokens.x += first * x.padded;
+            tokens.count = x.count - first < MANY ? x.count - first : MANY;
+            float* to = y + 16 * first;
+            int64_t i = 0;
+            for (; i + 2 <= blocks; i += 2)
+                decoded_blocks<BITS, 2>(decoder, table, weight, first_block + i, tokens, to + i * stride, stride);
+            if (i < blocks) decoded_blocks<BITS, 1>(decoder, table, weight, first_block + i, tokens, to + i * stride, stride);
+        }
+    }
+
+    template <int BITS, int BLOCKS, class Decoder, class Table>
+    static void decoded_blocks(const Decoder& decoder, const Table& table, const gq::Weight& weight, int64_t block,
+                               const gq::Tokens& x, float* y, int64_t stride) {
+        alignas(64) float weights[BLOCKS][STRETCH * gq::TILE * 16];
+        alignas(64) float totals[BLOCKS][MANY * 16] = {};
+        const uint8_t* tiles = weight.panels + block * weight.block_bytes();
+        const int64_t count = x.padded / gq::TILE;
+        for (int64_t tile = 0; tile < count; tile += STRETCH) {
+            const int64_t stretch = count - tile < STRETCH ? count - tile : STRETCH;
+            for (int b = 0; b < BLOCKS; ++b)
+                for (int64_t i = 0; i < stretch; ++i)
+                    decode_tile<BITS>(decoder, table, tiles + b * weight.block_bytes() + (tile + i) * 64 * BITS,
+                                      weights[b] + i * gq::TILE * 16);
+            bundles<Simd::BUNDLE>(x.count, [&](auto size, int64_t first) GQ_INLINED {
+                constexpr int ROOM = Simd::BUNDLE / BLOCKS, TOKENS = size.value < ROOM ? size.value : ROOM;
+                const float* numbers = x.x + first * x.padded + size.value * tile * gq::TILE;
+                for (int t = 0; t < size.value; t += TOKENS)
+                    multiply<BLOCKS, TOKENS>(weights[0], 8 * stretch, numbers + 4 * t, 4 * size.value,
+                                             totals[0] + 16 * (first + t));
+            });
+        }
+        for (int b = 0; b < BLOCKS; ++b) {
+            const Floats factor = factors(weight, block + b);
+            for (int64_t t = 0; t < x.count; ++t)
+                Simd::store(y + b * stride + 16 * t, Simd::mul(Simd::load(totals[b] + 16 * t), factor));
+        }
+    }
+
+    template <int BITS, class Decoder, class Table>
+    static void decode_tile(const Decoder& decoder, const Table& table, const uint8_t* tile, float* out) {
+        prefetch<BITS>(tile);
+        repeat<8>([&](auto j) GQ_INLINED {
+            const Bytes codes = decoder.template group<j.value>(tile);
+            repeat<4>([&](auto k) GQ_INLINED {
+                Simd::store(out + 16 * (4 * j.value + k.value), table.template look_up<k.value>(codes));
+            });
+        });
+    }
+
+    // totals[block][token] += weights[block][column] x[token][column], for a stretch's groups of four columns; those of x
+    // are `step` apart. Totals and weights of the second block lie behind those of MANY tokens and of a stretch.
+    template <int BLOCKS, int TOKENS>
+    static void multiply(const float* weights, int64_t groups, const float* x, int64_t step, float* totals) {
+        constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 4);
+        for (int k = 0; k < 4; k += SUMS) {
+            Floats sums[SUMS][RESULTS];
+            repeat<SUMS * RESULTS>([&](auto i) GQ_INLINED { sums[i.value / RESULTS][i.value % RESULTS] = Simd::set(0.0f); });
+            const float* weight = weights + 16 * k;
+            const float* number = x + k;
+            for (int64_t group = 0; group < groups; ++group, weight += 64, number += step)
+                repeat<SUMS>([&](auto s) GQ_INLINED {
+                    Floats columns[BLOCKS];
+                    repeat<BLOCKS>([&](auto b) GQ_INLINED {
+                        columns[b.value] = Simd::load(weight + 16 * (s.value + b.value * STRETCH * gq::TILE));
+                    });
+                    repeat<RESULTS>([&](auto i) GQ_INLINED {
+                        constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
+                        Floats& sum = sums[s.value][i.value];
+                        sum = Simd::fma(columns[b], Simd::set(number[4 * t + s.value]), sum);
+                    });
+                });
+            repeat<RESULTS>([&](auto i) GQ_INLINED {
+                constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
+                float* total = totals + 16 * (t + b * MANY);
+                Floats value = Simd::load(total);
+                repeat<SUMS>([&](auto s) GQ_INLINED { value = Simd::add(value, sums[s.value][i.value]); });
+                Simd::store(total, value);
+            });
+        }
+    }
+};
+
+}  // namespace

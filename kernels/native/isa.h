@@ -1,0 +1,104 @@
+// What one instruction set gives: a table of kernels. The table of each is filled in its own translation unit, compiled
+// with that instruction set's flags; everything else of the library knows this table alone.
+
+#pragma once
+
+#include <stdint.h>
+
+#include "gq_native.h"
+
+// Functions in headers that several translation units share: they must not leave a copy of their own behind, of which the
+// linker would keep any one, perhaps with instructions that this processor does not have.
+#define GQ_INLINED __attribute__((always_inline))
+#define GQ_INLINE inline GQ_INLINED
+
+namespace gq {
+
+constexpr int64_t BLOCK = 16;  // rows of a block: one SIMD lane each
+constexpr int64_t TILE = 32;   // columns of a tile
+
+GQ_INLINE constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+enum Path { INTEGERS = 0, FLOATS = 1 };
+
+// A checked weight, with what products need of it.
+struct Weight {
+    const uint8_t* panels;
+    const void* codebook;
+    const float* scale;
+    int64_t scale_stride;  // 0 or 1
+    int64_t rows, columns;
+    int bits, groups, codebook_kind;
+
+    GQ_INLINE int64_t group_rows() const { return rows / groups; }
+    GQ_INLINE int64_t group_blocks() const { return cdiv(group_rows(), BLOCK); }
+    GQ_INLINE int64_t blocks() const { return groups * group_blocks(); }
+    GQ_INLINE int64_t tiles() const { return cdiv(columns, TILE); }
+    GQ_INLINE int64_t block_bytes() const { return tiles() * bits * 64; }
+    GQ_INLINE bool stores_values() const { return bits == 8 && codebook_kind == GQ_INT8; }
+    // The first row of a block, and how many it has: blocks are ordered by their place in a group, then by group.
+    GQ_INLINE int64_t first_row(int64_t block) const { return block % groups * group_rows() + block / groups * BLOCK; }
+    GQ_INLINE int64_t row_count(int64_t block) const {
+        const int64_t left = group_rows() - block / groups * BLOCK;
+        return left < BLOCK ? left : BLOCK;
+    }
+};
+
+// Tokens as products take them, which TokenRoom (tokens.h) makes: each of `padded` numbers (whole tiles), zeros beyond
+// the weight's columns. Tokens that are multiplied together lie in a bundle: four numbers of its first token, four of its
+// second and so on, then the next four of its first. Bundles follow one another.
+struct Tokens {
+    const int8_t* q;     // INTEGERS
+    const int32_t* sum;  // of each token's integers
+    const float* scale;  // of each token
+    const float* x;      // FLOATS
+    int64_t padded, count;
+};
+
+// How many tokens the next bundle holds of those left, at most `limit`: a power of two, as many as are left unless that
+// wastes more than a quarter of it; then fewer, and others follow. What it holds beyond those left nobody looks at.
+GQ_INLINE int bundle_size(int64_t left, int limit) {
+    if (left >= limit) return limit;
+    int size = 1;
+    while (size < left) size *= 2;
+    return 4 * left >= 3 * size ? size : size / 2;
+}
+
+// What products gave for the gates of 16 units: gate g of token t begins at g * stride + 16 t.
+struct Gates {
+    const float *x, *h;
+    int64_t x_stride, h_stride;
+    const float *bias_x = nullptr, *bias_h = nullptr;  // of gate g from g * bias_stride on
+    int64_t bias_stride = 0;
+};
+
+struct Isa {
+    const char* name;
+    int bundle;  // the most tokens of a bundle
+
+    // y[i stride + 16 t + r] = row r of block first_block + i, i < blocks, token t of all in x: the scales are applied,
+    // rows beyond the last are 0 or NaN. Many blocks at a time: a call has to make tables first. [path][bits]
+    void (*product[2][9])(const Weight& weight, int64_t first_block, int64_t blocks, const Tokens& x, float* y,
+                          int64_t stride);
+
+    // One token of `features` numbers to `padded` integers (a multiple of 4), of which four neighbours are `step` bytes
+    // from the next four, their sum and the scale, as `kernels/activations.py` defines.
+    void (*quantize)(const float* x, int64_t features, int64_t padded, int8_t* q, int64_t step, int32_t* sum,
+                     float* scale);
+
+    // `count` tokens' next states of 16 units, as kernels/packed_recurrent.py defines them; (tokens, 16) each: c and m of
+    // an LSTM, the state h of a GRU.
+    void (*lstm)(const Gates& gates, int64_t count, float* c, float* m);
+    void (*gru)(const Gates& gates, int64_t count, float* h);
+
+    // out[32 tiles][16]: that many tiles of a block as floats, column by column; rows beyond the last are 0. [bits]
+    void (*decode[9])(const Weight& weight, int64_t block, int64_t first_tile, int64_t tiles, float* out);
+
+    // y[t] = bias + sum_j taps[j] x[stride t + dilation j] for 0 <= t < count: 16 channels each.
+    void (*depthwise)(const float* taps, int64_t tap_count, const float* x, const float* bias, float* y, int64_t count,
+                      int64_t stride, int64_t dilation);
+};
+
+const Isa& current_isa();
+
+}  // namespace gq

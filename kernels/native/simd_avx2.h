@@ -1,0 +1,218 @@
+// The SIMD abstraction in AVX2 and FMA, and AVX-VNNI where the compiler has it on: two registers are 16 lanes.
+// simd_portable.h says what each function computes.
+
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+struct Simd {
+#ifdef __AVXVNNI__
+    static constexpr int OFFSET = 128;
+#else
+    static constexpr int OFFSET = 0;
+#endif
+    static constexpr int BUNDLE = 4;
+
+    struct Bytes {  // rows 0 to 7, rows 8 to 15
+        __m256i low, high;
+    };
+    struct Ints {
+        __m256i low, high;
+    };
+    struct Floats {
+        __m256 low, high;
+    };
+
+    static __m256i load_register(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+    // Bytes are looked up by 4 bits of the code, and chosen by the rest.
+    template <int BITS>
+    struct Decoder {
+        static constexpr int REST = BITS > 4 ? BITS - 4 : 0;
+        static constexpr int TABLES = BITS == 8 ? 1 : BITS < 3 ? 4 / BITS : 1 << REST;
+
+        __m256i tables[TABLES];  // of 8 bits: what the code's bits are flipped by
+
+        // Entries of 8 bits are entries[0] ^ code, which spares looking them up.
+        explicit Decoder(const uint8_t* entries) {
+            for (int table = 0; table < TABLES; ++table) {
+                uint8_t bytes[16];
+                for (int nibble = 0; nibble < 16; ++nibble) bytes[nibble] = entries[code(table, nibble)];
+                tables[table] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<__m128i*>(bytes)));
+            }
+        }
+
+        // The code that entry `nibble` of a table decodes. One or two bits stay where they are in the nibble, so that
+        // all codes in it are looked up without a shift, each in its own table.
+        static constexpr int code(int table, int nibble) {
+            if (BITS == 8) return 0;
+            if (BITS < 3) return nibble >> BITS * table & ((1 << BITS) - 1);
+            return (nibble << REST | table) & ((1 << BITS) - 1);
+        }
+
+        template <int J>
+        Bytes group(const uint8_t* tile) const {
+            return {half<J>(tile), half<J>(tile + 32)};
+        }
+
+        template <int J>
+        __m256i half(const uint8_t* tile) const {
+            if constexpr (BITS == 8) return _mm256_xor_si256(load_register(tile + 64 * J), tables[0]);
+            if constexpr (BITS == 1) return look_up(tables[J % 4], bits<4 * (J / 4), 0, 0x0F>(tile));
+            if constexpr (BITS == 2) return look_up(tables[J % 2], bits<J / 2 % 2 * 4, 0, 0x0F>(tile + 64 * (J / 4)));
+            if constexpr (BITS == 3) {
+                const __m256i upper = bits<2 * (J % 4), 1, 0x06>(tile + 64 * (J / 4));
+                return look_up(tables[0], _mm256_or_si256(upper, bits<J, 0, 0x01>(tile + 128)));
+            }
+            if constexpr (BITS >= 4 && BITS < 8) {
+                const __m256i nibble = bits<4 * (J % 2), 0, 0x0F>(tile + 64 * (J / 2));
+                return choose<J, REST>(tables, nibble, tile + 256);
+            }
+        }
+
+        // Bits of each byte from FROM on, moved to TO, and the others masked off.
+        template <int FROM, int TO, int MASK>
+        static __m256i bits(const uint8_t* from) {
+            return _mm256_and_si256(move<TO - FROM>(load_register(from)), _mm256_set1_epi8(MASK));
+        }
+
+        template <int LEFT>
+        static __m256i move(__m256i bytes) {
+            if constexpr (LEFT > 0) return _mm256_slli_epi16(bytes, LEFT);
+            if constexpr (LEFT < 0) return _mm256_srli_epi16(bytes, -LEFT);
+            return bytes;
+        }
+
+        static __m256i look_up(__m256i table, __m256i nibble) { return _mm256_shuffle_epi8(table, nibble); }
+
+        // One of 2^LEFT tables, by the LEFT code bits in the planes at `rest`, the first of which halves the tables.
+        template <int J, int LEFT>
+        static __m256i choose(const __m256i* tables, __m256i nibble, const uint8_t* rest) {
+            if constexpr (LEFT == 0) {
+                return look_up(tables[0], nibble);
+            } else {
+                constexpr bool LAST = BITS % 2 && LEFT == 1;  // the plane of one bit, after that of two
+                constexpr int PLACE = LAST ? (BITS == 7 ? 128 : 0) : 64 * (J / 4);
+                constexpr int BIT = LAST ? J : 2 * (J % 4) + LEFT - 1 - BITS % 2;
+                const __m256i top = move<7 - BIT>(load_register(rest + PLACE));
+                const __m256i zero = choose<J, LEFT - 1>(tables, nibble, rest);
+                const __m256i one = choose<J, LEFT - 1>(tables + (1 << (LEFT - 1)), nibble, rest);
+                return _mm256_blendv_epi8(zero, one, top);
+            }
+        }
+    };
+
+    static Ints zero() { return set_ints(0); }
+
+    static Ints set_ints(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+
+    static Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+
+    static Ints dot(Ints sum, Bytes weights, const int8_t* x) {
+        int32_t four;
+        __builtin_memcpy(&four, x, 4);
+        const __m256i tokens = _mm256_set1_epi32(four);
+        return {dot(sum.low, weights.low, tokens), dot(sum.high, weights.high, tokens)};
+    }
+
+#ifdef __AVXVNNI__
+    static __m256i dot(__m256i sum, __m256i weights, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
+#else
+    // |w| (sign(w) x): a pair's sum is at most 2 * 128 * 127, which 16 bits hold; x is never -128.
+    static __m256i dot(__m256i sum, __m256i weights, __m256i x) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+#endif
+
+    static Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+
+    template <int K>
+    static Floats signed_bytes(Bytes bytes) {
+        return to_floats({signed_byte<K>(bytes.low), signed_byte<K>(bytes.high)});
+    }
+    template <int K>
+    static __m256i signed_byte(__m256i bytes) {
+        return _mm256_srai_epi32(_mm256_slli_epi32(bytes, 24 - 8 * K), 24);
+    }
+
+    // Eight entries are looked up in a register, up to 32 in as many as it takes.
+    template <int BITS>
+    struct Table {
+        static constexpr int REGISTERS = BITS > 5 || BITS < 4 ? 1 : 1 << (BITS - 3);
+
+        const float* values;
+        __m256 table[REGISTERS];
+
+        explicit Table(const float* entries) : values(entries) {
+            float first[8 * REGISTERS] = {};
+            for (int code = 0; code < 8 * REGISTERS && code < 1 << BITS; ++code) first[code] = entries[code];
+            for (int i = 0; i < REGISTERS; ++i) table[i] = _mm256_loadu_ps(first + 8 * i);
+        }
+
+        template <int K>
+        Floats look_up(Bytes codes) const {
+            return {half<K>(codes.low), half<K>(codes.high)};
+        }
+
+        template <int K>
+        __m256 half(__m256i codes) const {
+            const __m256i column = _mm256_srli_epi32(codes, 8 * K);
+            if constexpr (BITS > 5) return _mm256_i32gather_ps(values, _mm256_and_si256(column, _mm256_set1_epi32(255)), 4);
+            return choose<REGISTERS>(table, column);
+        }
+
+        // permutevar takes the lowest three bits; blendv takes the sign.
+        template <int COUNT>
+        static __m256 choose(const __m256* table, __m256i code) {
+            if constexpr (COUNT == 1) {
+                return _mm256_permutevar8x32_ps(table[0], code);
+            } else {
+                constexpr int BIT = COUNT == 4 ? 4 : 3;
+                const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(code, 31 - BIT));
+                return _mm256_blendv_ps(choose<COUNT / 2>(table, code), choose<COUNT / 2>(table + COUNT / 2, code), top);
+            }
+        }
+    };
+
+    static Floats load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+    static void store(float* to, Floats a) {
+        _mm256_storeu_ps(to, a.low);
+        _mm256_storeu_ps(to + 8, a.high);
+    }
+    static Floats set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+    static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+    static Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+    static Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+    static Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+    static Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+    static Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+    static Floats fma(Floats a, Floats b, Floats c) {
+        return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+    }
+
+    static Floats power(Floats a) { return {power(a.low), power(a.high)}; }
+    static __m256 power(__m256 a) {
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvttps_epi32(a), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    }
+
+    static Floats round(Floats a) {
+        const Floats large = set(12582912.0f);
+        return sub(add(a, large), large);
+    }
+
+    static void store_bytes(int8_t* to, Floats a) {
+        const __m256i words = _mm256_packs_epi32(_mm256_cvttps_epi32(a.low), _mm256_cvttps_epi32(a.high));
+        const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);  // packs works within 128 bits
+        const __m128i low = _mm256_castsi256_si128(ordered), high = _mm256_extracti128_si256(ordered, 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(low, high));
+    }
+
+    __attribute__((always_inline)) static void prefetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
+};
+
+}  // namespace

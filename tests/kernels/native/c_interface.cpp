@@ -1,0 +1,636 @@
+// The C interface on random arguments. Prints the first thing that is wrong and returns 1.
+//
+//   c_interface compare SEED ROUNDS   against the definitions, on every instruction set, for any number of threads
+//   c_interface fuzz SEED SECONDS     on malformed arguments: an error with a text, and no access out of bounds
+//   c_interface threads SEED ROUNDS   from several threads at once
+//   c_interface fork                  in the child of a process that has used threads
+
+#if !defined(_WIN32)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
+#include <chrono>
+#include <cmath>
+#include <functional>
+#include <sstream>
+#include <thread>
+
+#include "cases.h"
+
+namespace {
+
+void require(bool right, const std::string& what) {
+    if (!right) throw what;
+}
+
+void succeed(int32_t status, const std::string& what) {
+    if (status) throw what + ": " + gq_error();
+}
+
+bool same(float a, float b) { return (std::isnan(a) && std::isnan(b)) || !memcmp(&a, &b, sizeof a); }
+
+bool same(const Exact<float>& a, const Exact<float>& b) {
+    for (int64_t i = 0; i < a.size(); ++i)
+        if (!same(a[i], b[i])) return false;
+    return true;
+}
+
+bool close(const Exact<float>& a, const Exact<float>& b, float tolerance) {
+    for (int64_t i = 0; i < a.size(); ++i)
+        if (!(fabsf(a[i] - b[i]) <= tolerance)) return false;
+    return true;
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    std::stringstream list(gq_isas());
+    for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+    return names;
+}
+
+void for_each_isa(const std::function<void(const std::string&)>& check) {
+    for (const std::string& name : isas()) {
+        succeed(gq_use_isa(name.c_str()), "gq_use_isa");
+        require(gq_isa() == name, "gq_isa is not what was chosen");
+        check(name);
+    }
+}
+
+// --- against the definitions -----------------------------------------------------------------------------------------
+
+void compare_layouts(const Packed& packed) {
+    Exact<uint8_t> planes(packed.planes.size());
+    const gq_weight weight = packed.c();
+    succeed(gq_to_planes(&weight, planes.data(), planes.size()), "gq_to_planes");
+    require(!memcmp(planes.data(), packed.planes.data(), planes.size()), "planes differ, " + describe(packed.shape));
+}
+
+void compare_quantized(Random& random) {
+    const int64_t tokens = random.between(0, 5), features = random.between(1, 100);
+    Exact<float> x(tokens * features), scale(tokens);
+    Exact<int8_t> q(tokens * features);
+    const float size = ldexpf(1.0f, static_cast<int>(random.between(-140, 120)));
+    for (int64_t i = 0; i < x.size(); ++i) x[i] = random.one_in(300) ? random.any_real() : size * random.real();
+    for_each_isa([&](const std::string& isa) {
+        succeed(gq_quantize_tokens(x.data(), tokens, features, q.data(), scale.data()), "gq_quantize_tokens");
+        for (int64_t token = 0; token < tokens; ++token) {
+            const float* row = x.data() + token * features;
+            const float expected = token_scale(row, features, 127.0f);
+            require(same(scale[token], expected), "a token's scale differs, " + isa);
+            for (int64_t i = 0; i < features; ++i)
+                require(q[token * features + i] == rounded(row[i], expected), "a token's integers differ, " + isa);
+        }
+    });
+}
+
+struct Linear {
+    Packed packed;
+    int32_t activations;
+    int64_t tokens;
+    Exact<float> x, bias;
+    bool biased;
+
+    Linear(Random& random, const Shape& shape, int64_t fewest_tokens = 0)
+        : packed(random, shape),
+          activations(static_cast<int32_t>(random.below(3))),
+          tokens(fewest_tokens + random.below(20)),
+          x(random_reals(random, tokens * shape.columns)),
+          bias(random_reals(random, shape.rows)),
+          biased(random.one_in(2)) {
+        if (random.one_in(4) && x.size()) x[random.below(x.size())] = random.any_real();
+    }
+
+    bool integers() const { return packed.shape.kind == GQ_INT8 && activations == GQ_ACTIVATIONS_INT8; }
+
+    Exact<float> run(int64_t first, int64_t count, int32_t threads) const {
+        const Shape& shape = packed.shape;
+        const gq_weight weight = packed.c();
+        Exact<float> inputs(count * shape.columns), y(count * shape.rows);
+        memcpy(inputs.data(), x.data() + first * shape.columns, inputs.size() * sizeof(float));
+        succeed(gq_linear(&weight, activations, inputs.data(), inputs.size(), biased ? bias.data() : nullptr,
+                          biased ? bias.size() : 0, y.data(), y.size(), count, threads),
+                "gq_linear");
+        return y;
+    }
+
+    // What y is, and how far from it a sum of floats may be.
+    void check(const Exact<float>& y, const std::string& isa) const {
+        for (int64_t token = 0; token < tokens; ++token) {
+            const float* row = x.data() + token * packed.shape.columns;
+            const std::vector<float> inputs = seen(row, packed.shape.columns, activations);
+            for (int64_t i = 0; i < packed.shape.rows; ++i) {
+                const float got = y[token * packed.shape.rows + i];
+                const bool right = integers() ? same(got, integer_sum(row, i)) : near(got, inputs, i);
+                require(right, "y[" + std::to_string(token) + ", " + std::to_string(i) + "] = " + std::to_string(got) +
+                                   " on " + isa + ", activations " + std::to_string(activations) + ", " +
+                                   describe(packed.shape));
+            }
+        }
+    }
+
+    float integer_sum(const float* row, int64_t i) const {
+        const float scale = token_scale(row, packed.shape.columns, 127.0f);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < packed.shape.columns; ++k)
+            sum += packed.integer(packed.code(i, k)) * rounded(row[k], scale);
+        const float product = static_cast<float>(sum) * (scale * (packed.row_scale(i) / 127.0f));
+        return biased ? product + bias[i] : product;
+    }
+
+    bool near(float got, const std::vector<float>& inputs, int64_t i) const {
+        double sum = biased ? bias[i] : 0.0, size = fabs(sum);
+        for (int64_t k = 0; k < packed.shape.columns; ++k) {
+            const double term = static_cast<double>(packed.row_scale(i)) * packed.value(packed.code(i, k)) * inputs[k];
+            sum += term;
+            size += fabs(term);
+        }
+        if (!(size < 1e35)) return true;  // sums may overflow before the scale makes them small
+        return fabs(got - sum) <= 1e-5 * size;
+    }
+};
+
+void compare_linear(Random& random, const Shape& shape) {
+    const Linear linear(random, shape);
+    compare_layouts(linear.packed);
+    for_each_isa([&](const std::string& isa) {
+        const Exact<float> y = linear.run(0, linear.tokens, 1);
+        linear.check(y, isa);
+        require(same(y, linear.run(0, linear.tokens, 3)), "threads change y, " + isa + ", " + describe(shape));
+        for (int64_t token = 0; token < linear.tokens; ++token) {
+            const Exact<float> alone = linear.run(token, 1, 1);
+            for (int64_t i = 0; i < shape.rows; ++i)
+                require(same(alone[i], y[token * shape.rows + i]), "other tokens change y, " + isa + ", " + describe(shape));
+        }
+    });
+}
+
+void compare_decoded(Random& random, const Shape& shape) {
+    const Packed packed(random, shape);
+    const gq_weight weight = packed.c();
+    Exact<int64_t> indices(random.between(0, 20));
+    Exact<float> out(indices.size() * shape.columns);
+    for (int64_t& index : indices) index = random.below(shape.rows);
+    for_each_isa([&](const std::string& isa) {
+        succeed(gq_decode_rows(&weight, indices.data(), indices.size(), out.data(), out.size()), "gq_decode_rows");
+        for (int64_t i = 0; i < indices.size(); ++i)
+            for (int64_t k = 0; k < shape.columns; ++k) {
+                const float expected = packed.row_scale(indices[i]) * packed.value(packed.code(indices[i], k));
+                require(same(out[i * shape.columns + k], expected), "a row differs on " + isa + ", " + describe(shape));
+            }
+    });
+}
+
+// Both states and the outputs, one after the other.
+Exact<float> run_recurrent(Recurrent& layer, int32_t threads) {
+    layer.of.threads = threads;
+    for (const Exact<float>* array : {&layer.out, &layer.h, &layer.c})
+        for (float& value : *array) value = NAN;
+    succeed(gq_recurrent(&layer.of), "gq_recurrent");
+    Exact<float> all(layer.out.size() + layer.h.size() + layer.c.size());
+    float* to = all.data();
+    for (const Exact<float>* array : {&layer.out, &layer.h, &layer.c})
+        for (const float value : *array) *to++ = value;
+    return all;
+}
+
+// Integers give the same bits everywhere; other sums differ a little, and more where that shifts a rounding of h.
+void compare_recurrent(Random& random) {
+    const bool integers = random.one_in(2);
+    Recurrent layer(random, integers);
+    succeed(gq_use_isa("portable"), "gq_use_isa");
+    const Exact<float> expected = run_recurrent(layer, 1);
+    for_each_isa([&](const std::string& isa) {
+        const Exact<float> got = run_recurrent(layer, 1);
+        require(integers ? same(got, expected) : close(got, expected, 0.05f), "a recurrent layer differs on " + isa);
+        require(same(got, run_recurrent(layer, 3)), "threads change a recurrent layer on " + isa);
+    });
+}
+
+struct Depthwise {
+    Packed packed;
+    int64_t batch, length, stride, padding, dilation, out_length;
+    Exact<float> x, bias, y;
+
+    static Shape shape(Random& random) {
+        return {static_cast<int>(random.between(1, 8)), static_cast<int>(random.below(3)), 1, random.between(1, 40),
+                random.between(1, 35),                  true};
+    }
+
+    explicit Depthwise(Random& random)
+        : packed(random, shape(random)),
+          batch(random.between(0, 3)),
+          stride(random.between(1, 3)),
+          padding(random.between(0, 20)),
+          dilation(random.between(1, 3)) {
+        const int64_t span = (packed.shape.columns - 1) * dilation + 1;
+        length = std::max<int64_t>(0, span - 2 * padding) + random.between(0, 30);
+        out_length = (length + 2 * padding - span) / stride + 1;
+        x = random_reals(random, batch * length * packed.shape.rows);
+        bias = random_reals(random, packed.shape.rows);
+        y = Exact<float>(batch * out_length * packed.shape.rows);
+    }
+
+    void run(int32_t threads) const {
+        const gq_weight weight = packed.c();
+        succeed(gq_depthwise_conv1d(&weight, x.data(), x.size(), bias.data(), bias.size(), y.data(), y.size(), batch,
+                                    length, stride, padding, dilation, threads),
+                "gq_depthwise_conv1d");
+    }
+
+    double expected(int64_t sequence, int64_t t, int64_t row) const {
+        double sum = bias[row];
+        for (int64_t tap = 0; tap < packed.shape.columns; ++tap) {
+            const int64_t moment = t * stride + tap * dilation - padding;
+            if (moment < 0 || moment >= length) continue;
+            const double weight = static_cast<double>(packed.row_scale(row)) * packed.value(packed.code(row, tap));
+            sum += weight * x[(sequence * length + moment) * packed.shape.rows + row];
+        }
+        return sum;
+    }
+};
+
+void compare_depthwise(Random& random) {
+    const Depthwise conv(random);
+    for_each_isa([&](const std::string& isa) {
+        conv.run(static_cast<int32_t>(random.between(1, 3)));
+        for (int64_t i = 0; i < conv.y.size(); ++i) {
+            const int64_t rows = conv.packed.shape.rows, moment = i / rows;
+            const double expected = conv.expected(moment / conv.out_length, moment % conv.out_length, i % rows);
+            require(fabs(conv.y[i] - expected) <= 1e-4, "a convolution differs on " + isa);
+        }
+    });
+}
+
+// Every width and codebook on a ragged shape first, then whatever comes.
+void compare(uint64_t seed, int64_t rounds) {
+    Random random(seed);
+    for (int bits = 1; bits <= 8; ++bits)
+        for (int kind = 0; kind < 3; ++kind) compare_linear(random, {bits, kind, 1, 19, 37, true});
+    for (int64_t round = 0; round < rounds; ++round) {
+        compare_quantized(random);
+        compare_linear(random, random_shape(random));
+        compare_decoded(random, random_shape(random));
+        compare_recurrent(random);
+        compare_depthwise(random);
+    }
+    const std::vector<std::string> names = isas();
+    printf("agree:");
+    for (const std::string& name : names) printf(" %s", name.c_str());
+    printf("\n");
+}
+
+// --- malformed arguments ---------------------------------------------------------------------------------------------
+
+// POINTER: not NULL; OPTIONAL: NULL for none; COUNT: int64_t, from 0 to what memory holds; LENGTH: the same, and all that
+// says how long an array is, so that too many cannot be told; CHOICE: int32_t.
+enum Kind { POINTER, OPTIONAL, COUNT, LENGTH, CHOICE };
+
+// An argument and where it lies.
+struct Field {
+    const char* name;
+    Kind kind;
+    void* at;
+
+    size_t bytes() const { return kind == CHOICE ? 4 : 8; }
+};
+
+template <class T>
+Field field(const char* name, Kind kind, T* at) {
+    return {name, kind, const_cast<void*>(static_cast<const void*>(at))};
+}
+
+void add_weight(std::vector<Field>& fields, gq_weight& weight) {
+    fields.push_back(field("panels", POINTER, &weight.panels));
+    fields.push_back(field("panel_bytes", COUNT, &weight.panel_bytes));
+    fields.push_back(field("codebook", POINTER, &weight.codebook));
+    fields.push_back(field("codebook_bytes", COUNT, &weight.codebook_bytes));
+    fields.push_back(field("scale", POINTER, &weight.scale));
+    fields.push_back(field("scales", COUNT, &weight.scales));
+    fields.push_back(field("rows", COUNT, &weight.rows));
+    fields.push_back(field("columns", COUNT, &weight.columns));
+    fields.push_back(field("bits", CHOICE, &weight.bits));
+    fields.push_back(field("groups", CHOICE, &weight.groups));
+    fields.push_back(field("codebook_kind", CHOICE, &weight.codebook_kind));
+}
+
+// Makes the argument something else. True where it cannot be right now, whatever the others are.
+bool spoil(Random& random, const Field& field) {
+    if (field.kind == POINTER || field.kind == OPTIONAL) {
+        memset(field.at, 0, sizeof(void*));
+        return field.kind == POINTER;
+    }
+    if (field.kind == CHOICE) {
+        static const int32_t values[] = {-1, 0, 1, 2, 3, 4, 5, 9, 1000, INT32_MAX, INT32_MIN};
+        const int32_t value = values[random.below(11)];
+        memcpy(field.at, &value, sizeof value);
+        return value < 0;
+    }
+    int64_t value;
+    memcpy(&value, field.at, sizeof value);
+    const int64_t values[] = {-1,        INT64_MIN, INT64_MAX, int64_t{1} << 62, int64_t{1} << 45, INT64_MIN / 2,
+                              value + 1, value - 1, 0,         2 * value,        -value - 1,       value / 2};
+    value = field.kind == LENGTH ? values[random.below(6)] : values[random.below(12)];
+    memcpy(field.at, &value, sizeof value);
+    return value < 0 || value > int64_t{1} << 44;
+}
+
+// No more of the fields than can make each other right again by chance, were they to name more than there is.
+void attack(Random& random, const std::string& function, const std::vector<Field>& fields,
+            const std::function<int32_t()>& call) {
+    succeed(call(), function);
+    for (int attempt = 0; attempt < 20; ++attempt) {
+        const Field& field = fields[random.below(static_cast<int64_t>(fields.size()))];
+        char before[8];
+        memcpy(before, field.at, field.bytes());
+        const bool wrong = spoil(random, field);
+        const int32_t status = call();
+        const std::string where = function + ", " + field.name;
+        require(status == 0 || status == -1, where + ": returned " + std::to_string(status));
+        require(status == -1 || !wrong, where + ": was taken though it cannot be right");
+        require(status == 0 || strlen(gq_error()) > 8, where + ": an error without a text");
+        memcpy(field.at, before, field.bytes());
+    }
+    succeed(call(), function + ", again");
+}
+
+void fuzz_layouts(Random& random) {
+    const Packed packed(random, random_shape(random));
+    gq_weight weight = packed.c();
+    const uint8_t* planes = packed.planes.data();
+    Exact<uint8_t> copy(packed.planes.size());
+    uint8_t* to = copy.data();
+    int64_t plane_bytes = packed.planes.size();
+    std::vector<Field> fields = {field("plane_bytes", COUNT, &plane_bytes)};
+    add_weight(fields, weight);
+    fields.erase(fields.begin() + 5, fields.begin() + 7);  // scales are none of a layout's business
+    fields.push_back(field("planes", POINTER, &planes));
+    attack(random, "gq_to_panels", fields, [&] { return gq_to_panels(planes, plane_bytes, &weight); });
+    fields.back().at = &to;
+    attack(random, "gq_to_planes", fields, [&] { return gq_to_planes(&weight, to, plane_bytes); });
+    require(gq_to_panels(planes, plane_bytes, nullptr) == -1, "gq_to_panels takes NULL");
+    require(gq_to_planes(nullptr, to, plane_bytes) == -1, "gq_to_planes takes NULL");
+}
+
+void fuzz_panel_bytes(Random& random) {
+    const int64_t values[] = {-1, 0, 1, 17, INT64_MAX, INT64_MIN, int64_t{1} << 60, 4};
+    const int32_t bits = static_cast<int32_t>(values[random.below(8)]);
+    const int64_t rows = values[random.below(8)], columns = values[random.below(8)];
+    const int32_t groups = static_cast<int32_t>(values[random.below(8)]);
+    const int64_t bytes = gq_panel_bytes(bits, rows, columns, groups);
+    require(bytes >= -1, "gq_panel_bytes gives less than -1");
+    require(bytes == -1 || (bits >= 1 && bits <= 8 && rows >= 0 && columns >= 0 && groups >= 1),
+            "gq_panel_bytes takes what cannot be");
+    require(bytes >= 0 || strlen(gq_error()) > 8, "gq_panel_bytes gives an error without a text");
+}
+
+// Nothing says how long the arrays of this function are: only what is wrong in itself can be refused.
+void fuzz_quantize(Random& random) {
+    Exact<float> x = random_reals(random, 3 * 40), scale(3);
+    Exact<int8_t> q(3 * 40);
+    const int64_t bad[] = {-1, INT64_MIN, INT64_MAX};
+    const int64_t wrong = bad[random.below(3)];
+    require(gq_quantize_tokens(nullptr, 3, 40, q.data(), scale.data()) == -1, "gq_quantize_tokens takes NULL");
+    require(gq_quantize_tokens(x.data(), 3, 40, nullptr, scale.data()) == -1, "gq_quantize_tokens takes NULL");
+    require(gq_quantize_tokens(x.data(), 3, 40, q.data(), nullptr) == -1, "gq_quantize_tokens takes NULL");
+    require(gq_quantize_tokens(x.data(), wrong, 40, q.data(), scale.data()) == -1, "gq_quantize_tokens: tokens");
+    require(gq_quantize_tokens(x.data(), 3, wrong, q.data(), scale.data()) == -1, "gq_quantize_tokens: features");
+}
+
+void fuzz_linear(Random& random) {
+    const Shape shape = random_shape(random);
+    const Packed packed(random, shape);
+    gq_weight weight = packed.c();
+    const gq_weight* pointer = &weight;
+    int64_t tokens = random.between(1, 5);
+    Exact<float> inputs = random_reals(random, tokens * shape.columns), biases = random_reals(random, shape.rows);
+    Exact<float> outputs(tokens * shape.rows);
+    for (float& value : inputs) value = random.any_real();
+    for (uint8_t& byte : packed.codebook) byte = static_cast<uint8_t>(random.bits());
+    const float *x = inputs.data(), *bias = biases.data();
+    float* y = outputs.data();
+    int64_t x_count = inputs.size(), bias_count = biases.size(), y_count = outputs.size();
+    int32_t activations = static_cast<int32_t>(random.below(3)), threads = 2;
+    std::vector<Field> fields = {
+        field("weight", POINTER, &pointer),      field("activations", CHOICE, &activations),
+        field("x", POINTER, &x),                 field("x_count", COUNT, &x_count),
+        field("bias", OPTIONAL, &bias),          field("bias_count", COUNT, &bias_count),
+        field("y", POINTER, &y),                 field("y_count", COUNT, &y_count),
+        field("tokens", COUNT, &tokens),         field("threads", CHOICE, &threads),
+    };
+    add_weight(fields, weight);
+    attack(random, "gq_linear", fields, [&] {
+        return gq_linear(pointer, activations, x, x_count, bias, bias_count, y, y_count, tokens, threads);
+    });
+}
+
+void fuzz_decode(Random& random) {
+    const Shape shape = random_shape(random);
+    const Packed packed(random, shape);
+    gq_weight weight = packed.c();
+    const gq_weight* pointer = &weight;
+    Exact<int64_t> numbers(random.between(1, 9));
+    for (int64_t& number : numbers) number = random.below(shape.rows);
+    Exact<float> rows(numbers.size() * shape.columns);
+    const int64_t* indices = numbers.data();
+    float* out = rows.data();
+    int64_t count = numbers.size(), out_count = rows.size();
+    std::vector<Field> fields = {field("weight", POINTER, &pointer), field("indices", POINTER, &indices),
+                                 field("count", COUNT, &count), field("out", POINTER, &out),
+                                 field("out_count", COUNT, &out_count)};
+    add_weight(fields, weight);
+    const auto call = [&] { return gq_decode_rows(pointer, indices, count, out, out_count); };
+    attack(random, "gq_decode_rows", fields, call);
+    const int64_t bad[] = {-1, shape.rows, INT64_MAX, INT64_MIN, int64_t{1} << 33};
+    numbers[random.below(numbers.size())] = bad[random.below(5)];
+    require(call() == -1, "gq_decode_rows takes an index out of range");
+}
+
+void fuzz_recurrent(Random& random) {
+    Recurrent layer(random, random.one_in(2));
+    gq_recurrent_arguments& of = layer.of;
+    for (float& value : layer.x) value = random.any_real();
+    of.threads = 2;
+    const Kind lstm = of.c0 ? POINTER : OPTIONAL;
+    std::vector<Field> fields = {
+        field("ih", POINTER, &of.ih),
+        field("hh", POINTER, &of.hh),
+        field("hr", OPTIONAL, &of.hr),
+        field("ih_activations", CHOICE, &of.ih_activations),
+        field("hh_activations", CHOICE, &of.hh_activations),
+        field("x", POINTER, &of.x),
+        field("x_count", COUNT, &of.x_count),
+        field("steps", COUNT, &of.steps),
+        field("h0", POINTER, &of.h0),
+        field("h0_count", COUNT, &of.h0_count),
+        field("c0", lstm, &of.c0),
+        field("sequences", COUNT, &of.sequences),
+        field("bias_ih", of.bias_ih ? POINTER : OPTIONAL, &of.bias_ih),
+        field("bias_hh", of.bias_hh ? POINTER : OPTIONAL, &of.bias_hh),
+        field("segments", POINTER, &of.segments),
+        field("segment_count", LENGTH, &of.segment_count),
+        field("out", POINTER, &of.out),
+        field("out_count", COUNT, &of.out_count),
+        field("h", POINTER, &of.h),
+        field("h_count", COUNT, &of.h_count),
+        field("c", lstm, &of.c),
+        field("threads", CHOICE, &of.threads),
+    };
+    if (of.c0) fields.push_back(field("c0_count", COUNT, &of.c0_count));
+    if (of.c) fields.push_back(field("c_count", COUNT, &of.c_count));
+    if (of.hr) fields.push_back(field("hr_activations", CHOICE, &of.hr_activations));
+    if (of.bias_ih) fields.push_back(field("bias_ih_count", COUNT, &of.bias_ih_count));
+    if (of.bias_hh) fields.push_back(field("bias_hh_count", COUNT, &of.bias_hh_count));
+    add_weight(fields, layer.weights[0]);
+    add_weight(fields, layer.weights[1]);
+    if (of.hr) add_weight(fields, layer.weights[2]);
+    attack(random, "gq_recurrent", fields, [&] { return gq_recurrent(&of); });
+    for (int attempt = 0; attempt < 10; ++attempt) {  // what segments name must be there, and be there before
+        int64_t& number = layer.segments[random.below(layer.segments.size())];
+        const int64_t before = number, values[] = {-2, -1, 0, 1, before + 1, 1000, INT64_MAX, INT64_MIN};
+        number = values[random.below(8)];
+        const int32_t status = gq_recurrent(&of);
+        require(status == 0 || (status == -1 && strlen(gq_error()) > 8), "gq_recurrent, segments");
+        require(status == -1 || (number >= -1 && number < 1000), "gq_recurrent takes a segment that cannot be");
+        number = before;
+    }
+    require(gq_recurrent(nullptr) == -1, "gq_recurrent takes NULL");
+}
+
+void fuzz_depthwise(Random& random) {
+    const Depthwise conv(random);
+    if (!conv.x.size()) return;
+    gq_weight weight = conv.packed.c();
+    const gq_weight* pointer = &weight;
+    const float *x = conv.x.data(), *bias = conv.bias.data();
+    float* y = conv.y.data();
+    int64_t x_count = conv.x.size(), bias_count = conv.bias.size(), y_count = conv.y.size(), batch = conv.batch;
+    int64_t length = conv.length, stride = conv.stride, padding = conv.padding, dilation = conv.dilation;
+    int32_t threads = 2;
+    std::vector<Field> fields = {
+        field("weight", POINTER, &pointer),   field("x", POINTER, &x),
+        field("x_count", COUNT, &x_count),    field("bias", OPTIONAL, &bias),
+        field("bias_count", COUNT, &bias_count), field("y", POINTER, &y),
+        field("y_count", COUNT, &y_count),    field("batch", COUNT, &batch),
+        field("length", COUNT, &length),      field("stride", COUNT, &stride),
+        field("padding", COUNT, &padding),    field("dilation", COUNT, &dilation),
+        field("threads", CHOICE, &threads),
+    };
+    add_weight(fields, weight);
+    attack(random, "gq_depthwise_conv1d", fields, [&] {
+        return gq_depthwise_conv1d(pointer, x, x_count, bias, bias_count, y, y_count, batch, length, stride, padding,
+                                   dilation, threads);
+    });
+}
+
+void fuzz_the_rest(Random& random) {
+    const std::string before = gq_isa();
+    for (const char* name : {"", "avx", "portable,", "torch", "avx5120000000000000000000000000000000000000000000"})
+        require(gq_use_isa(name) == -1 && strlen(gq_error()) > 8, std::string("gq_use_isa takes ") + name);
+    require(gq_use_isa(nullptr) == -1, "gq_use_isa takes NULL");
+    require(gq_isa() == before, "a refused instruction set is used");
+    Exact<uint8_t> array(random.between(0, 5000));
+    gq_advise_huge(array.data(), array.size());
+    gq_advise_huge(nullptr, 1 << 22);
+    gq_advise_huge(array.data(), random.one_in(2) ? -1 : INT64_MIN);
+}
+
+void fuzz(uint64_t seed, int64_t seconds) {
+    using clock = std::chrono::steady_clock;
+    const clock::time_point end = clock::now() + std::chrono::seconds(seconds);
+    const std::vector<std::string> names = isas();
+    Random random(seed);
+    int64_t rounds = 0;
+    for (; clock::now() < end || rounds < 20; ++rounds) {
+        succeed(gq_use_isa(names[random.below(static_cast<int64_t>(names.size()))].c_str()), "gq_use_isa");
+        fuzz_panel_bytes(random);
+        fuzz_layouts(random);
+        fuzz_quantize(random);
+        fuzz_linear(random);
+        fuzz_decode(random);
+        fuzz_recurrent(random);
+        fuzz_depthwise(random);
+        fuzz_the_rest(random);
+    }
+    printf("%lld rounds\n", (long long)rounds);
+}
+
+// --- threads ---------------------------------------------------------------------------------------------------------
+
+// Layers that are large enough for more than one thread.
+void call_everything(uint64_t seed, int64_t rounds) {
+    Random random(seed);
+    for (int64_t round = 0; round < rounds; ++round) {
+        const int bits = static_cast<int>(random.between(1, 8)), kind = static_cast<int>(random.below(3));
+        const Linear linear(random, {bits, kind, 1, 200, 150, true}, 20);
+        require(same(linear.run(0, linear.tokens, 1), linear.run(0, linear.tokens, 3)), "threads change y");
+        Recurrent layer(random, random.one_in(2));
+        require(same(run_recurrent(layer, 1), run_recurrent(layer, 3)), "threads change a recurrent layer");
+        Depthwise(random).run(3);
+        require(gq_use_isa(nullptr) == -1 && strlen(gq_error()) > 8, "each thread has its own error");
+    }
+}
+
+void from_several_threads(uint64_t seed, int64_t rounds) {
+    std::vector<std::string> errors(3);
+    std::vector<std::thread> threads;
+    for (uint64_t i = 0; i < 3; ++i)
+        threads.emplace_back([&, i] {
+            try {
+                call_everything(seed + i, rounds);
+            } catch (const std::string& what) {
+                errors[i] = what;
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    for (const std::string& error : errors) require(error.empty(), error);
+    printf("agree\n");
+}
+
+#if !defined(_WIN32)
+void in_a_child() {
+    call_everything(1, 3);
+    for (int generation = 0; generation < 3; ++generation) {
+        const pid_t child = fork();
+        require(child >= 0, "fork failed");
+        if (!child) {
+            alarm(60);  // threads that are no more are waited for without end
+            try {
+                call_everything(2, 3);
+            } catch (const std::string&) {
+                _exit(1);
+            }
+            _exit(0);
+        }
+        int status = -1;
+        waitpid(child, &status, 0);
+        require(status == 0, "a child hangs or differs: " + std::to_string(status));
+        call_everything(3, 1);
+    }
+    printf("agree\n");
+}
+#endif
+
+void run(const std::vector<std::string>& arguments) {
+    const auto number = [&](size_t i) { return i < arguments.size() ? std::stoll(arguments[i]) : 1; };
+    const std::string mode = arguments.empty() ? "" : arguments[0];
+    if (mode == "compare") return compare(number(1), number(2));
+    if (mode == "fuzz") return fuzz(number(1), number(2));
+    if (mode == "threads") return from_several_threads(number(1), number(2));
+#if !defined(_WIN32)
+    if (mode == "fork") return in_a_child();
+#endif
+    throw std::string("usage: c_interface compare|fuzz|threads|fork SEED COUNT");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        run({arguments + 1, arguments + count});
+    } catch (const std::string& what) {
+        printf("%s\n", what.c_str());
+        return 1;
+    }
+    return 0;
+}
