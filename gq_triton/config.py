@@ -49,7 +49,9 @@ class GQConfig:
         learn_centroids: train the centroids (default True) or keep them uniform in companded space.
         codebook: deployed type of the codebook's entries, ``"float"`` (float32, default), ``"int8"`` or ``"fp8"``
             (e4m3); training sees the rounding.
-        activations: None (default), or ``"int8"`` or ``"fp8"``: the layer's input is quantized per token, dynamically.
+        activations: None (default), or ``"int8"`` or ``"fp8"``: what the weight multiplies is quantized per token,
+            dynamically. In a recurrent layer that is its input, and at every step the hidden state and what is
+            projected; training sees the rounding of the first layer's input only.
         straight_through: share, 0 to 1, of the straight-through gradient mixed into the soft derivative, so that
             weights keep moving when the assignment is nearly hard. Default 0.1.
         requantize_every: in training, quantize afresh at every n-th update of the weight and reuse the result, with a

@@ -8,10 +8,10 @@ from gq_triton.layers import PackedLayer, PackedWeight
 def allow_dense(model: nn.Module, allow: bool = True) -> nn.Module:
     """Lets packed layers hold a decoded copy of each weight beside the codes, and compute with it where that is faster.
 
-    On the CPU a copy always is faster: codes are otherwise decoded in every call. On a GPU it is for linear layers and
-    many tokens, where arithmetic and not memory is the limit; few tokens still read the codes. The outputs are the same
-    up to rounding. Linear, attention and convolution layers take a copy; embeddings and recurrent layers have no use
-    for one.
+    For linear layers that is with many tokens, where arithmetic and not memory is the limit: few tokens still read the
+    codes, and so do all with 8-bit activations; on a CPU without the native library none do. Pointwise convolutions are
+    such layers, all others always take the copy. The outputs are the same up to rounding. Linear, attention and
+    convolution layers take a copy; embeddings and recurrent layers have no use for one.
 
     A copy has the layer's dtype and device and follows both, as it does new values by ``load_state_dict``. It is in no
     state dict or packed file. :func:`gq_triton.report` shows what it takes.

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from gq_triton.kernels import activations as _activations
 from gq_triton.kernels import fake_quantize as _fake_quantize
+from gq_triton.kernels import layouts as _layouts
 from gq_triton.kernels import packed_conv as _packed_conv
 from gq_triton.kernels import packed_embedding as _packed_embedding
 from gq_triton.kernels import packed_linear as _packed_linear
 from gq_triton.kernels import packed_recurrent as _packed_recurrent
 from gq_triton.kernels import packing as _packing
+from gq_triton.kernels import panels as _panels
 from gq_triton.kernels import tables as _tables
 from gq_triton.kernels import tiles as _tiles
 
@@ -34,9 +36,11 @@ __all__ = [
     "packed_embedding",
     "packed_linear",
     "packed_recurrent",
+    "panel",
     "quantize_activations",
     "tile",
     "unpack",
+    "unpanel",
     "untile",
 ]
 
@@ -222,6 +226,37 @@ def untile(tiles: Tensor, bits: int, rows: int, columns: int, groups: int = 1) -
     return _tiles.untile(tiles, bits, rows, columns, groups)
 
 
+def panel(planes: Tensor, codebook: Tensor, bits: int, rows: int, columns: int, groups: int = 1) -> Tensor:
+    """Codes made by `pack` in the layout that native CPU kernels want (`kernels.panels`), 1-D uint8, same device.
+
+    Args:
+        planes: uint8, the codes of a ``(rows, columns)`` weight.
+        codebook: ``(2**bits,)``, as in `packed_linear`: of 8 bits, panels hold the entries of an int8 codebook.
+        bits: width of a code, 1 to 8.
+        rows, columns: of the weight; of one with more dimensions, the first and all others.
+        groups: into how many equal groups the rows fall; each is padded to 16 rows by itself.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype or size, or where ``groups`` does not divide ``rows``.
+        RuntimeError: where there is no native library, in which case no CPU kernel wants panels.
+    """
+    _check_bits(bits)
+    _check_bytes("planes", planes, bits, rows * columns, _packing.packed_bytes(rows * columns, bits))
+    _check_codebook(codebook, bits)
+    return _panels.panel(planes, codebook, bits, rows, columns, groups)
+
+
+def unpanel(panels: Tensor, codebook: Tensor, bits: int, rows: int, columns: int, groups: int = 1) -> Tensor:
+    """The packed codes, 1-D uint8, of a tensor made by `panel` with the same other arguments.
+
+    Of several codes with equal entries in an int8 codebook of 8 bits it is the first.
+    """
+    _check_bits(bits)
+    _check_bytes("panels", panels, bits, rows * columns, _layouts.layout_bytes("panels", bits, rows, columns, groups))
+    _check_codebook(codebook, bits)
+    return _panels.unpanel(panels, codebook, bits, rows, columns, groups)
+
+
 def quantize_activations(x: Tensor, dtype: str) -> Tensor:
     """Fake-quantize ``x`` (..., features) to ``dtype`` ("int8" or "fp8") with one dynamic scale per token, max|x| / 127
     or / 448.
@@ -247,7 +282,7 @@ def packed_linear(
     out_features: int | None = None,
     activations: str | None = None,
     epilogue: str | None = None,
-    tiled: bool = False,
+    layout: str = "planes",
 ) -> Tensor:
     """``epilogue(x @ (scale[:, None] * codebook[codes]).T + bias)`` without ever forming the float weight.
 
@@ -261,11 +296,12 @@ def packed_linear(
         in_features: columns of the weight.
         out_features: rows of the weight; may be left out where ``scale`` or ``bias`` has one entry per row.
         activations: None, ``"int8"`` or ``"fp8"``: how `quantize_activations` treats ``x`` first. On a GPU, 8-bit
-            activations and a codebook of the same kind are multiplied as such.
+            activations and a codebook of the same kind are multiplied as such; on a CPU, int8 ones are.
         epilogue: None, ``"relu"``, ``"silu"``, ``"gelu"``, ``"tanh"``, ``"sigmoid"``, or ``"glu"``, which makes one
             output of rows n and n + out_features / 2: the first times the sigmoid of the second.
-        tiled: whether ``packed`` comes from `tile`, as a GPU wants it, or from `pack`, as the CPU does. Every device
-            takes either, but converts the other one in each call.
+        layout: of ``packed``: ``"planes"`` from `pack`, ``"tiles"`` from `tile`, as a GPU wants it, or ``"panels"``
+            from `panel`, as a CPU does where there is the native library. Every device takes any, but converts the
+            others in each call.
 
     Returns:
         ``(..., out_features)``, or half of it for ``"glu"``, in the dtype of ``x``. Gradients reach ``x``, ``bias``,
@@ -287,9 +323,9 @@ def packed_linear(
         _check_dtype("bias", bias, *_COMPUTED)
         if bias.shape != (out_features,):
             raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
-    scale = _check_weight(packed, codebook, scale, bits, out_features, in_features, tiled)
+    scale = _check_weight(packed, codebook, scale, bits, out_features, in_features, layout)
     _check_devices(x, packed=packed, codebook=codebook, scale=scale, bias=bias)
-    options = bits, epilogue or "none", activations or "none", tiled
+    options = bits, epilogue or "none", activations or "none", layout
     return _packed_linear.packed_linear(x, packed, codebook, scale, bias, *options)
 
 
@@ -306,14 +342,14 @@ def packed_depthwise_conv1d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
-    tiled: bool = False,
+    layout: str = "planes",
 ) -> Tensor:
     """``nn.Conv1d`` with one group per channel on packed weights, padded with zeros.
 
     Args:
         x: ``(B, C, T)`` or ``(C, T)``, float32, bfloat16 or float16, any stride; sums are taken in float32.
         packed: uint8, the packed codes of the ``(out_channels, 1, kernel_size)`` weight.
-        codebook, bits, tiled: as in `packed_linear`.
+        codebook, bits, layout: as in `packed_linear`.
         scale: ``(out_channels,)`` or ``(1,)`` float32.
         bias: ``(out_channels,)``, float32, bfloat16 or float16, or None.
         kernel_size, stride, padding, dilation: in steps of time; the padding is on either side.
@@ -347,10 +383,10 @@ def packed_depthwise_conv1d(
         _check_dtype("bias", bias, *_COMPUTED)
         if bias.shape != (out_channels,):
             raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
-    scale = _check_weight(packed, codebook, scale, bits, out_channels, kernel_size, tiled)
+    scale = _check_weight(packed, codebook, scale, bits, out_channels, kernel_size, layout)
     _check_devices(x, packed=packed, codebook=codebook, scale=scale, bias=bias)
     sequences = x if x.dim() == 3 else x.unsqueeze(0)
-    options = bits, kernel_size, stride, padding, dilation, tiled
+    options = bits, kernel_size, stride, padding, dilation, layout
     y = _packed_conv.packed_depthwise_conv1d(sequences, packed, codebook, scale, bias, *options)
     return y if x.dim() == 3 else y.squeeze(0)
 
@@ -364,7 +400,7 @@ def packed_embedding(
     bits: int,
     embedding_dim: int,
     num_embeddings: int | None = None,
-    tiled: bool = False,
+    layout: str = "planes",
     groups: int = 1,
 ) -> Tensor:
     """Rows ``indices`` of the packed table: ``scale[i] * codebook[codes[i]]``, ``(..., embedding_dim)`` float32.
@@ -372,19 +408,19 @@ def packed_embedding(
     Args:
         indices: any shape, int32 or int64. One out of range raises IndexError on the CPU and gives NaN on a GPU.
         packed: uint8, the packed codes of the ``(num_embeddings, embedding_dim)`` table.
-        codebook, bits, tiled: as in `packed_linear`.
+        codebook, bits, layout: as in `packed_linear`.
         scale: ``(num_embeddings,)`` or ``(1,)`` float32.
         embedding_dim: entries of a row.
         num_embeddings: rows of the table; may be left out where ``scale`` has one entry per row.
-        groups: where ``tiled``, as given to `tile`.
+        groups: of rows, as given to `tile` or `panel`.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, a shape that does not fit, or an unknown option.
     """
     _check_dtype("indices", indices, torch.int32, torch.int64)
     num_embeddings = num_embeddings or _row_count(scale, None)
-    scale = _check_weight(packed, codebook, scale, bits, num_embeddings, embedding_dim, tiled, groups)
-    return _packed_embedding.packed_embedding(indices, packed, codebook, scale, bits, embedding_dim, tiled, groups)
+    scale = _check_weight(packed, codebook, scale, bits, num_embeddings, embedding_dim, layout, groups)
+    return _packed_embedding.packed_embedding(indices, packed, codebook, scale, bits, embedding_dim, layout, groups)
 
 
 def packed_recurrent(
@@ -394,9 +430,10 @@ def packed_recurrent(
     biases: Sequence[Tensor] = (),
     *,
     bits: Sequence[int],
+    activations: Sequence[str | None] = (),
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
-    tiled: bool = False,
+    layout: str = "planes",
 ) -> list[Tensor]:
     """One layer of an LSTM or GRU in one direction, on packed weights; with the gates in ``nn.LSTM``'s order.
 
@@ -408,9 +445,11 @@ def packed_recurrent(
             and, with a projection, of weight_hr ``(P, H)``; G is 4 for an LSTM and 3 for a GRU.
         biases: bias_ih and bias_hh, ``(G H,)``, float32, bfloat16 or float16; or none.
         bits: width of a code, 1 to 8, of each weight.
+        activations: None, ``"int8"`` or ``"fp8"``, for each weight: how `quantize_activations` treats first what it
+            multiplies, which is ``x``; h, at every step; and what is projected, at every step. Default: none of it.
         batch_sizes: ``(T,)`` int64 on the CPU, the number of sequences at each step, as in torch's PackedSequence.
         reverse: whether time runs backwards; the output stays in the order of ``x``.
-        tiled: whether codes come from `tile`, in G groups (those of weight_hr in one), or from `pack`.
+        layout: as in `packed_linear`; G groups of rows in weight_ih and weight_hh, one in weight_hr.
 
     Returns:
         The hidden states of all steps, ``(T, B, P)`` or ``(N, P)``, and the last states, in the dtype of ``x``.
@@ -432,13 +471,19 @@ def packed_recurrent(
             "weights and bits must be those of weight_ih, weight_hh and, with a projection, weight_hr, for states of "
             f"sizes {[state.shape[1] for state in states]}; got {len(weights)} and {len(bits)}"
         )
+    kinds = [kind or "none" for kind in activations] or ["none"] * len(weights)
+    for kind in kinds:
+        _check_option("activations", kind, ("none", *_activations.LIMITS))
+    if len(kinds) != len(weights):
+        raise ValueError(f"activations must be given for each of {len(weights)} weights or for none, got {len(kinds)}")
     flat = []
     for (codes, codebook, scale), width, (rows, columns, groups) in zip(weights, bits, shapes, strict=False):
-        flat += [codes, codebook, _check_weight(codes, codebook, scale, width, rows, columns, tiled, groups)]
+        flat += [codes, codebook, _check_weight(codes, codebook, scale, width, rows, columns, layout, groups)]
     _check_biases(biases, shapes[0][0])
-    for name, tensors in (("states", states), ("weights", flat), ("biases", biases)):
-        _check_devices(x, **{f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)})
-    packed = flat, list(bits), list(biases), reverse, tiled
+    if any(tensor.device != x.device for tensor in (*states, *flat, *biases)):  # names cost more than the question
+        for name, tensors in (("states", states), ("weights", flat), ("biases", biases)):
+            _check_devices(x, **{f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)})
+    packed = flat, list(bits), kinds, list(biases), reverse, layout
     return _packed_recurrent.packed_recurrent(x, batch_sizes, list(states), *packed)
 
 
@@ -526,20 +571,24 @@ def _check_packed(packed: Tensor, bits: int, count: int) -> None:
 
 
 def _check_weight(
-    packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, rows: int, columns: int, tiled: bool, groups: int = 1
+    packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, rows: int, columns: int, layout: str, groups: int = 1
 ) -> Tensor:
     """The scale with one entry per row, of a packed weight whose parts fit together."""
+    _check_option("layout", layout, _layouts.LAYOUTS)
     scale = _expand_scale(scale, rows)
     _check_bits(bits)
-    count = rows * columns
-    size = _tiles.tiled_bytes(rows, columns, bits, groups) if tiled else _packing.packed_bytes(count, bits)
-    _check_bytes("packed", packed, bits, count, size)
-    _check_dtype("codebook", codebook, torch.float32, *_tables.CODEBOOK_SCALES)
-    if codebook.shape != (2**bits,):
-        raise ValueError(f"codebook must have shape ({2**bits},) for {bits} bits, got {tuple(codebook.shape)}")
+    expected = _layouts.layout_bytes(layout, bits, rows, columns, groups)
+    _check_bytes("packed", packed, bits, rows * columns, expected)
+    _check_codebook(codebook, bits)
     if codebook.requires_grad and codebook.dtype != torch.float32:
         raise TypeError(f"codebook must have dtype torch.float32 to receive a gradient, got {codebook.dtype}")
     return scale
+
+
+def _check_codebook(codebook: Tensor, bits: int) -> None:
+    _check_dtype("codebook", codebook, torch.float32, *_tables.CODEBOOK_SCALES)
+    if codebook.shape != (2**bits,):
+        raise ValueError(f"codebook must have shape ({2**bits},) for {bits} bits, got {tuple(codebook.shape)}")
 
 
 def _check_bytes(name: str, tensor: Tensor, bits: int, count: int, expected: int) -> None:
@@ -622,4 +671,4 @@ def _expand_scale(scale: Tensor, rows: int) -> Tensor:
     _check_dtype("scale", scale, torch.float32)
     if scale.dim() != 1 or scale.numel() not in (1, rows):
         raise ValueError(f"scale must have shape ({rows},) or (1,), got {tuple(scale.shape)}")
-    return scale.expand(rows)
+    return scale if len(scale) == rows else scale.expand(rows)

@@ -17,7 +17,6 @@ model that it is loaded into before that model is touched.
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gq_triton.config import GQConfig
 from gq_triton.files import write_atomically
 from gq_triton.kernels.tables import stored_values
 from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, twins_of
 from gq_triton.layers.packed_weight import finite_or_none, packed_layout
+from gq_triton.packed_header import KEY, VERSION, Header
 from gq_triton.quantize import Target, become, disable_fused_paths, find_targets, join, readers_of
 
-_KEY = "gq_triton"
-_VERSION = 1
 _DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -81,9 +78,9 @@ def save_packed(model: nn.Module, path: str | Path, metadata: Mapping[str, str] 
     if not weights:
         raise ValueError("model has no packed layer: prepare and convert it with quantize_ first")
     tensors, aliases = _split_shared(model)
-    header = json.dumps({"version": _VERSION, "weights": weights, "aliases": aliases})
+    header = json.dumps({"version": VERSION, "weights": weights, "aliases": aliases})
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(copies, temporary, {**metadata, _KEY: header}))
+    write_atomically(path, lambda temporary: save_file(copies, temporary, {**metadata, KEY: header}))
 
 
 def load_packed(model: nn.Module, path: str | Path) -> nn.Module:
@@ -105,7 +102,7 @@ def load_packed(model: nn.Module, path: str | Path) -> nn.Module:
     """
     _check_float(model)
     with _open(path) as file:
-        header = _read_header(file)
+        header = Header.read(file.metadata(), file.keys())
         plan = _plan(model, header)
         readers = readers_of(model, [target.layer for target in plan])
         layout = _expected_layout(model, plan, header)
@@ -131,9 +128,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         PackedFileError: it is damaged or not a packed file.
     """
     with _open(path) as file:
-        _read_header(file)
+        Header.read(file.metadata(), file.keys())
         metadata = file.metadata()
-    return {name: text for name, text in metadata.items() if name != _KEY}
+    return {name: text for name, text in metadata.items() if name != KEY}
 
 
 # --- writing
@@ -142,8 +139,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def _check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     metadata = dict(metadata or {})
     for name, text in metadata.items():
-        if not isinstance(name, str) or not isinstance(text, str) or name == _KEY:
-            raise ValueError(f"metadata must map texts, but not {_KEY!r}, to texts; got {name!r}: {text!r}")
+        if not isinstance(name, str) or not isinstance(text, str) or name == KEY:
+            raise ValueError(f"metadata must map texts, but not {KEY!r}, to texts; got {name!r}: {text!r}")
     return metadata
 
 
@@ -172,32 +169,6 @@ def _split_shared(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 # --- reading
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What a file says of its packed weights, by name, and of shared tensors (other name -> stored name)."""
-
-    configs: dict[str, GQConfig]
-    sqnr_db: dict[str, float | None]
-    aliases: dict[str, str]
-
-    def stored(self, name: str) -> str:
-        """Returns the name under which a tensor is stored."""
-        return self.aliases.get(name, name)
-
-    def owner(self, weight: str) -> str:
-        """Returns the packed weight that ``weight`` is, itself unless it is shared.
-
-        Raises:
-            ValueError: if its buffers are said to be shared with anything else than one weight of the same settings.
-        """
-        buffers = ("codes", "codebook", "scale")
-        owners = {self.stored(f"{weight}_packed.{buffer}").removesuffix(f"_packed.{buffer}") for buffer in buffers}
-        owner = owners.pop()
-        if owners or self.configs.get(owner) != self.configs[weight]:
-            raise ValueError(f"{weight} is shared with something that is not the same packed weight")
-        return owner
-
-
 @contextmanager
 def _open(path: str | Path) -> Iterator[Any]:
     """Opens a safetensors file. What is found wrong while it is open becomes a PackedFileError that names it."""
@@ -210,36 +181,6 @@ def _open(path: str | Path) -> Iterator[Any]:
         raise PackedFileError(f"{path} cannot be loaded: {error}") from error
 
 
-def _read_header(file: Any) -> _Header:
-    text = (file.metadata() or {}).get(_KEY)
-    if text is None:
-        raise ValueError(f"it is not a packed model: its metadata has no {_KEY!r} entry")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {_KEY!r} entry is not valid JSON") from error
-    if not isinstance(header, dict) or header.get("version") != _VERSION:
-        version = header.get("version") if isinstance(header, dict) else None
-        raise ValueError(f"its format has version {version!r}; this program reads version {_VERSION}")
-    weights, aliases = header.get("weights"), header.get("aliases")
-    if not isinstance(weights, dict) or not all(isinstance(entry, dict) for entry in weights.values()):
-        raise ValueError("its 'weights' must map names to settings")
-    if not isinstance(aliases, dict) or not all(isinstance(stored, str) for stored in aliases.values()):
-        raise ValueError("its 'aliases' must map names to names")
-    names = set(file.keys())
-    if not names.issuperset(aliases.values()) or not names.isdisjoint(aliases):
-        raise ValueError("its 'aliases' must map names that are not stored to names that are")
-    configs = {name: _config(name, entry.get("config")) for name, entry in weights.items()}
-    return _Header(configs, {name: finite_or_none(entry.get("sqnr_db")) for name, entry in weights.items()}, aliases)
-
-
-def _config(name: str, settings: Any) -> GQConfig:
-    try:
-        return GQConfig.from_dict(settings)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"its settings of {name} are invalid: {error}") from error
-
-
 def _check_float(model: nn.Module) -> None:
     if any(isinstance(module, (QATLayer, PackedLayer)) for module in model.modules()):
         raise ValueError("model must be a float model, which the file then packs; it is prepared or packed already")
@@ -247,7 +188,7 @@ def _check_float(model: nn.Module) -> None:
         raise ValueError("model must not be on the meta device: call model.to_empty(device='cpu') first")
 
 
-def _plan(model: nn.Module, header: _Header) -> list[Target]:
+def _plan(model: nn.Module, header: Header) -> list[Target]:
     """Returns the model's weights that the file has in packed form."""
     names = set(header.configs)
     plan = [target for target in find_targets(model) if names.intersection(_pieces(target))]
@@ -268,7 +209,7 @@ def _pieces(target: Target) -> dict[str, torch.Size]:
     return {join(target.layer_names[0], name): torch.Size((part.stop - part.start, *rest)) for name, part in pieces}
 
 
-def _expected_layout(model: nn.Module, plan: list[Target], header: _Header) -> _Layout:
+def _expected_layout(model: nn.Module, plan: list[Target], header: Header) -> _Layout:
     layout: _Layout = {}
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
@@ -285,14 +226,14 @@ def _expected_layout(model: nn.Module, plan: list[Target], header: _Header) -> _
     return layout
 
 
-def _check_sharing(model: nn.Module, layout: _Layout, header: _Header) -> None:
+def _check_sharing(model: nn.Module, layout: _Layout, header: Header) -> None:
     """A tensor that the model has in two places must be one in the file too: it has one value."""
     for name, original in _split_shared(model)[1].items():
         if {name, original} <= set(layout) and header.stored(name) != header.stored(original):
             raise ValueError(f"{name} and {original} are one tensor in the model and two in it")
 
 
-def _check_layout(file: Any, header: _Header, expected: _Layout) -> None:
+def _check_layout(file: Any, header: Header, expected: _Layout) -> None:
     found = {*file.keys(), *header.aliases}
     if missing := set(expected) - found:
         raise ValueError(f"it lacks tensors that the model has: {_some(missing)}")
@@ -306,7 +247,7 @@ def _check_layout(file: Any, header: _Header, expected: _Layout) -> None:
             raise ValueError(f"{name} has dtype {entry.get_dtype()} in it and {' or '.join(dtypes)} in the model")
 
 
-def _check_values(header: _Header, tensors: dict[str, Tensor]) -> None:
+def _check_values(header: Header, tensors: dict[str, Tensor]) -> None:
     for weight in header.configs:
         owner = header.owner(weight)
         scale, codebook = tensors[f"{owner}_packed.scale"], tensors[f"{owner}_packed.codebook"]
@@ -316,13 +257,13 @@ def _check_values(header: _Header, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{owner} has codebook values outside of [-1, 1]")
 
 
-def _empty_weights(plan: list[Target], header: _Header) -> list[dict[str, PackedWeight]]:
+def _empty_weights(plan: list[Target], header: Header) -> list[dict[str, PackedWeight]]:
     """Returns the packed weights that each planned weight becomes, by their names in the layer, to be filled."""
     made: dict[tuple[str, int], PackedWeight] = {}
     return [_pieces_of(target, header, made) for target in plan]
 
 
-def _pieces_of(target: Target, header: _Header, made: dict[tuple[str, int], PackedWeight]) -> dict[str, PackedWeight]:
+def _pieces_of(target: Target, header: Header, made: dict[tuple[str, int], PackedWeight]) -> dict[str, PackedWeight]:
     weight, groups = target.weight, target.row_groups
     assert weight is not None
     pieces = {}
@@ -330,7 +271,7 @@ def _pieces_of(target: Target, header: _Header, made: dict[tuple[str, int], Pack
         owner = header.owner(name)
         empty = PackedWeight(header.configs[owner], shape, weight.dtype, weight.device, groups)
         packed = pieces[name.rpartition(".")[2]] = made.setdefault((owner, groups), empty)
-        packed.sqnr_db = header.sqnr_db[owner]
+        packed.sqnr_db = finite_or_none(header.sqnr_db[owner])
         if packed.shape != shape:
             raise ValueError(f"{name} and {owner} are one weight in it and have different shapes in the model")
     return pieces

@@ -226,8 +226,8 @@ def _specialization(bits: int, form: str, operand: str, part: str) -> dict[str, 
 
 def _packed_recurrent(bits: int, dtype: str) -> Iterator[Variant]:
     """Steps of layers whose weights are all of this width."""
-    tensors = dict.fromkeys(("x", "h", "c", "out", "last", "next_c", "bias_ih", "bias_hh", "m"), f"*{dtype}")
-    numbers = ("x_row", "h_row", "out_row", "token", "batch", "columns", "size", "hidden")
+    tensors = dict.fromkeys(("x", "h", "carry", "c", "out", "last", "next_c", "bias_ih", "bias_hh", "m"), f"*{dtype}")
+    numbers = ("x_row", "h_row", "carry_row", "m_row", "out_row", "token", "batch", "columns", "size", "hidden")
     shared, amd = (_specialization(bits, "float", dtype, part) for part in ("sm_90", "gfx942"))
     amd |= {"WAY_IH": amd["WAY"], "WAY_HH": amd["WAY"]}
     weight = {"tiles": "*i32", "codebook": "*fp32", "scale": "*fp32"}

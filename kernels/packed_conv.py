@@ -6,9 +6,10 @@ kernels of k taps, whose codes form a matrix (N, k),
     y[b, n, t] = s[n] * sum_j c[code[n, j]] x[b, n div m, r t + d j - p] + bias[n]      0 <= t < T'
     T' = (T + 2 p - d (k - 1) - 1) div r + 1
 
-with sums in float32.  The CPU decodes the weight whole, small as it is beside the input; a GPU decodes a tap of its
-channels at a time into registers.  The output is laid out as the input: where neighbours in memory are channels, as
-behind a pointwise convolution, they are in the output too; otherwise they are moments in time.
+with sums in float32.  Native CPU kernels, which run where m = 1, and torch decode the weight whole, small as it is
+beside the input; a GPU decodes a tap of its channels at a time into registers.  The output is laid out as the input:
+where neighbours in memory are channels, as behind a pointwise convolution, they are in the output too; otherwise they
+are moments in time.
 
 Gradients are those of the convolution with the decoded weight: of x, bias, s and c.
 
@@ -20,10 +21,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gq_triton.kernels import native
 from gq_triton.kernels.backend import bound, cdiv, jit, launching, next_power_of_2, tl
+from gq_triton.kernels.layouts import codes_of, convert
 from gq_triton.kernels.packing import unpack
+from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import as_stored, load_values, stored_values
-from gq_triton.kernels.tiles import codes_of, load_tiled, tile
+from gq_triton.kernels.tiles import load_tiled
 
 __all__ = ["output_length", "packed_depthwise_conv1d", "reference"]
 
@@ -71,18 +75,59 @@ def _forward_cpu(
     stride: int,
     padding: int,
     dilation: int,
-    tiled: bool,
+    layout: str,
 ) -> Tensor:
-    weight = scale.view(-1, 1, 1) * stored_values(codebook)[_codes(packed, scale, bits, kernel_size, tiled)]
+    convolve = _native if native.available() and x.shape[1] == len(scale) else _torch
+    y = convolve(x, packed, codebook, scale, bias, bits, kernel_size, stride, padding, dilation, layout)
+    out = _empty(x, y.shape[1], y.shape[2])
+    return y if (y.dtype, y.stride()) == (out.dtype, out.stride()) else out.copy_(y)
+
+
+def _torch(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    layout: str,
+) -> Tensor:
+    weight = scale.view(-1, 1, 1) * stored_values(codebook)[_codes(packed, codebook, scale, bits, kernel_size, layout)]
     bias = None if bias is None else bias.float()
     with torch.autocast("cpu", enabled=False):
-        y = torch.nn.functional.conv1d(x.float(), weight, bias, stride, padding, dilation, x.shape[1])
-    return _empty(x, y.shape[1], y.shape[2]).copy_(y)
+        return torch.nn.functional.conv1d(x.float(), weight, bias, stride, padding, dilation, x.shape[1])
 
 
-def _codes(packed: Tensor, scale: Tensor, bits: int, kernel_size: int, tiled: bool) -> Tensor:
+def _codes(packed: Tensor, codebook: Tensor, scale: Tensor, bits: int, kernel_size: int, layout: str) -> Tensor:
     """The codes (N, 1, k), int32."""
-    return codes_of(packed, bits, len(scale), kernel_size, tiled).unsqueeze(1).int()
+    return codes_of(packed, codebook, layout, bits, len(scale), kernel_size).unsqueeze(1).int()
+
+
+def _native(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    layout: str,
+) -> Tensor:
+    panels = convert(packed, codebook, layout, "panels", bits, len(scale), kernel_size)
+    weight = native_weight(panels, codebook, scale, bits, len(scale), kernel_size)
+    steps = x.movedim(1, 2).float().contiguous()
+    length = output_length(x.shape[2], kernel_size, stride, padding, dilation)
+    out = torch.empty(x.shape[0], length, len(scale), dtype=torch.float32)
+    bias = None if bias is None else bias.float().contiguous()
+    native.depthwise_conv1d(steps, weight, bias, out, stride, padding, dilation, torch.get_num_threads())
+    return out.movedim(2, 1)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -185,13 +230,13 @@ def _launch(
     stride: int,
     padding: int,
     dilation: int,
-    tiled: bool,
+    layout: str,
 ) -> Tensor:
     rows, length = scale.numel(), output_length(x.shape[2], kernel_size, stride, padding, dilation)
     out = _empty(x, rows, length)
     if not out.numel():
         return out
-    tiles = packed if tiled else tile(packed, bits, rows, kernel_size)
+    tiles = convert(packed, codebook, layout, "tiles", bits, rows, kernel_size)
     tensors = x, tiles.contiguous(), as_stored(codebook), scale, scale if bias is None else bias.contiguous(), out
     sizes = rows, x.shape[2], length, rows // x.shape[1], kernel_size, stride, padding, dilation
     channels, times = choose_tile(rows, length, _channels_last(x))
@@ -217,41 +262,40 @@ def packed_depthwise_conv1d(
     stride: int,
     padding: int,
     dilation: int,
-    tiled: bool,
+    layout: str,
 ) -> Tensor:
     """(B, N, T') in the dtype and layout of ``x``.
 
     Args:
         x: (B, C, T), float32, bfloat16 or float16; N is a multiple of C.
-        packed: uint8, the N * kernel_size codes of the weight, in the layout that ``tiled`` says.
+        packed: uint8, the N * kernel_size codes of the weight, in ``layout``.
         codebook: (2**bits,), float32, int8 or float8_e4m3fn.
         scale: (N,) float32.
         bias: (N,), any floating dtype, or None.
         bits: width of a code.
         kernel_size, stride, padding, dilation: as of ``torch.nn.Conv1d``.
-        tiled: the layout of ``packed``: that of `gq_triton.kernels.tiles`, or of `gq_triton.kernels.packing`. The one
-            that the device does not read is converted in the call.
+        layout: one of `layouts.LAYOUTS`.
     """
-    return _forward_cpu(x, packed, codebook, scale, bias, bits, kernel_size, stride, padding, dilation, tiled)
+    return _forward_cpu(x, packed, codebook, scale, bias, bits, kernel_size, stride, padding, dilation, layout)
 
 
 packed_depthwise_conv1d.register_kernel("cuda")(_launch)
 
 
 @packed_depthwise_conv1d.register_fake
-def _(x, packed, codebook, scale, bias, bits, kernel_size, stride, padding, dilation, tiled):
+def _(x, packed, codebook, scale, bias, bits, kernel_size, stride, padding, dilation, layout):
     return _empty(x, scale.shape[0], output_length(x.shape[2], kernel_size, stride, padding, dilation))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.bits, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.tiled = inputs
+    *tensors, ctx.bits, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.layout = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
     x, packed, codebook, scale, bias = ctx.saved_tensors
     needs_x, _, needs_codebook, needs_scale, needs_bias, *_ = ctx.needs_input_grad
-    codes = _codes(packed, scale, ctx.bits, ctx.kernel_size, ctx.tiled)
+    codes = _codes(packed, codebook, scale, ctx.bits, ctx.kernel_size, ctx.layout)
     values, column = stored_values(codebook), scale.view(-1, 1, 1)
     units = values[codes]
     work = grad.float(), x.float(), column * units, [len(scale)]

@@ -1,8 +1,8 @@
 """Embedding look-up in a packed low-bit table.
 
 Mathematics.  out[i, d] = s[index[i]] * c[code[index[i], d]], one float32 product; a subnormal s counts as 0.  Only the
-rows asked for are decoded: out of bit planes on the CPU (layout in `gq_triton.kernels.packing`), out of tiles on a GPU
-(`gq_triton.kernels.tiles`).  Asked for every row, this decodes a whole weight.
+rows asked for are decoded, out of the layout that the device reads (`gq_triton.kernels.layouts`).  Asked for every row,
+this decodes a whole weight.
 
 Bytes that must move: the indices and the codes asked for once, the output once.
 """
@@ -12,10 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gq_triton.kernels import native
 from gq_triton.kernels.backend import cdiv, jit, launching, next_power_of_2, tl
+from gq_triton.kernels.layouts import convert
 from gq_triton.kernels.packing import unpack, unpack_at
+from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import as_stored, load_values, stored_values
-from gq_triton.kernels.tiles import ROW_BLOCK, load_tiled, row_blocks, tile, untile
+from gq_triton.kernels.tiles import ROW_BLOCK, load_tiled, row_blocks
 
 __all__ = ["packed_embedding", "reference"]
 
@@ -45,16 +48,47 @@ def _forward_cpu(
     scale: Tensor,
     bits: int,
     embedding_dim: int,
-    tiled: bool,
+    layout: str,
     groups: int,
 ) -> Tensor:
     rows = scale.numel()
     if indices.numel() and not 0 <= indices.min() <= indices.max() < rows:
         low, high = indices.min().item(), indices.max().item()
         raise IndexError(f"indices must lie in [0, {rows}), got values from {low} to {high}")
-    packed = untile(packed, bits, rows, embedding_dim, groups) if tiled else packed
+    look_up = _native_rows if native.available() else _torch_rows
+    return look_up(indices, packed, codebook, scale, bits, embedding_dim, layout, groups)
+
+
+def _native_rows(
+    indices: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bits: int,
+    embedding_dim: int,
+    layout: str,
+    groups: int,
+) -> Tensor:
+    panels = convert(packed, codebook, layout, "panels", bits, len(scale), embedding_dim, groups)
+    weight = native_weight(panels, codebook, scale, bits, len(scale), embedding_dim, groups)
+    out = torch.empty(*indices.shape, embedding_dim, dtype=torch.float32)
+    native.decode_rows(indices.long().contiguous(), weight, out)
+    return out
+
+
+def _torch_rows(
+    indices: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bits: int,
+    embedding_dim: int,
+    layout: str,
+    groups: int,
+) -> Tensor:
+    planes = convert(packed, codebook, layout, "planes", bits, len(scale), embedding_dim, groups)
     position = indices.unsqueeze(-1).long() * embedding_dim + torch.arange(embedding_dim)
-    codes = unpack_at(packed, bits, rows * embedding_dim, position)
+    codes = unpack_at(planes, bits, len(scale) * embedding_dim, position)
     units = stored_values(codebook).index_select(0, codes.view(-1).int()).view(position.shape)
     return _flushed(scale.index_select(0, indices.reshape(-1))).view(*indices.shape, 1) * units
 
@@ -105,14 +139,14 @@ def _launch(
     scale: Tensor,
     bits: int,
     embedding_dim: int,
-    tiled: bool,
+    layout: str,
     groups: int,
 ) -> Tensor:
     out = torch.empty(*indices.shape, embedding_dim, dtype=torch.float32, device=indices.device)
     if not out.numel():
         return out
     rows = scale.numel()
-    tiles = packed if tiled else tile(packed, bits, rows, embedding_dim, groups)
+    tiles = convert(packed, codebook, layout, "tiles", bits, rows, embedding_dim, groups)
     blocks = row_blocks(rows, groups)
     sizes = rows, embedding_dim, blocks, rows // groups, blocks // groups * ROW_BLOCK, scale.stride(0)
     block = min(1024, next_power_of_2(embedding_dim))
@@ -133,7 +167,7 @@ def packed_embedding(
     scale: Tensor,
     bits: int,
     embedding_dim: int,
-    tiled: bool,
+    layout: str,
     groups: int,
 ) -> Tensor:
     """(..., embedding_dim) float32.
@@ -145,16 +179,15 @@ def packed_embedding(
         scale: (rows,) float32.
         bits: width of a code.
         embedding_dim: codes per row.
-        tiled: whether ``packed`` is in tiles rather than bit planes. The layout that the device does not read is
-            converted in the call.
-        groups: of rows, in tiles.
+        layout: of ``packed``, one of `layouts.LAYOUTS`.
+        groups: of rows, in tiles and panels.
     """
-    return _forward_cpu(indices, packed, codebook, scale, bits, embedding_dim, tiled, groups)
+    return _forward_cpu(indices, packed, codebook, scale, bits, embedding_dim, layout, groups)
 
 
 packed_embedding.register_kernel("cuda")(_launch)
 
 
 @packed_embedding.register_fake
-def _(indices, packed, codebook, scale, bits, embedding_dim, tiled, groups):
+def _(indices, packed, codebook, scale, bits, embedding_dim, layout, groups):
     return scale.new_empty(*indices.shape, embedding_dim)

@@ -10,8 +10,15 @@ whose entry q stands for the value q / 127 or q / 256.  With 8-bit activations, 
 (`gq_triton.kernels.activations`).
 
 The scale leaves the sum, so that the inner product runs on codebook values alone.  The float weight never exists as a
-whole: the CPU decodes a few rows at a time into its cache, the GPU decodes into registers.  NaN in x gives NaN in its
-row of y, infinity there infinities or NaN; K = 0 leaves the bias.
+whole: native kernels and GPUs decode into registers, torch on the CPU a few rows at a time into its cache.  NaN in x
+gives NaN in its row of y, infinity there infinities or NaN; K = 0 leaves the bias.
+
+Integers.  Where codebook and activations are int8, native kernels sum products of integers, and with t the token's
+scale
+
+    p = float(sum_k q[m, k] c[code[n, k]]) * (t[m] * (s[n] / 127)) + b[n]
+
+each operation rounded to float32 by itself: every instruction set gives the same bits.
 
 Gradients.  With d = dL/dp, the epilogue's share done,
 
@@ -21,8 +28,7 @@ Gradients.  With d = dL/dp, the epilogue's share done,
 and the rounding of activations counts as the identity (straight-through).  Rows are decoded a block at a time here too.
 Sums run in a fixed order: dc is a product with one-hot codes, not a scatter.
 
-Two layouts of the codes: `gq_triton.kernels.packing`, and where ``tiled`` is set `gq_triton.kernels.tiles`.  A GPU
-wants the second, the CPU the first; the other one is converted in the call.
+Codes come in any of `gq_triton.kernels.layouts`.
 """
 
 from __future__ import annotations
@@ -35,11 +41,13 @@ import torch
 from torch import Tensor
 
 from gq_triton.kernels import activations as token_quantizer
+from gq_triton.kernels import native
 from gq_triton.kernels.backend import cdiv
+from gq_triton.kernels.layouts import convert
 from gq_triton.kernels.packed_linear_triton import launch
 from gq_triton.kernels.packing import unpack, unpack_range
+from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import stored_values
-from gq_triton.kernels.tiles import tile, untile
 
 __all__ = ["EPILOGUES", "packed_linear", "prefers_dense", "reference"]
 
@@ -62,7 +70,10 @@ EPILOGUES = {
     "glu": Epilogue(torch.nn.functional.glu, lambda grad, p: _aten.glu_backward(grad, p, -1)),
 }
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 20}  # weights decoded at a time: what a cache holds, what keeps a GPU busy
-DENSE_TOKENS = 256  # from here on a GPU's 16-bit product waits for arithmetic and no longer for the weight's bytes
+# From here on a GPU's 16-bit product waits for arithmetic and no longer for the weight's bytes. On a CPU (AVX-512, one
+# thread, weights of 1 and 4 million) a float product is as fast as torch's with the dense copy at 128 to 256 tokens,
+# twice as fast at 8 and a tenth slower at 1024; with int8 activations it was two to seven times as fast at any number.
+DENSE_TOKENS = 256
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -99,15 +110,49 @@ def _forward_cpu(
     bits: int,
     epilogue: str,
     activations: str,
-    tiled: bool,
+    layout: str,
+) -> Tensor:
+    product = _native_product if native.available() else _torch_product
+    out = product(x, packed, codebook, scale, bias, bits, activations, layout)
+    return EPILOGUES[epilogue].apply(out).to(x.dtype)
+
+
+def _native_product(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    activations: str,
+    layout: str,
+) -> Tensor:
+    rows, columns = len(scale), x.shape[-1]
+    panels = convert(packed, codebook, layout, "panels", bits, rows, columns)
+    weight = native_weight(panels, codebook, scale, bits, rows, columns)
+    out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
+    bias = None if bias is None else bias.float().contiguous()
+    native.linear(x.float().contiguous(), weight, bias, out, activations, torch.get_num_threads())
+    return out
+
+
+def _torch_product(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    activations: str,
+    layout: str,
 ) -> Tensor:
     tokens, values = _tokens(x, activations).float(), stored_values(codebook)
-    out = tokens.new_zeros(len(tokens), len(scale))
-    for part, codes in _blocks(packed, bits, out.shape[1], tokens.shape[1], tiled) if len(tokens) else ():
+    rows, columns = len(scale), tokens.shape[1]
+    planes, out = convert(packed, codebook, layout, "planes", bits, rows, columns), tokens.new_zeros(len(tokens), rows)
+    for part, codes in _blocks(planes, bits, rows, columns) if len(tokens) else ():
         torch.mm(tokens, _look_up(values, codes).t(), out=out[:, part])
     out = torch.mul(out, scale) if bias is None else torch.addcmul(bias.float(), out, scale)
-    out = EPILOGUES[epilogue].apply(out).to(x.dtype)
-    return out.view(*x.shape[:-1], out.shape[1])
+    return out.view(*x.shape[:-1], rows)
 
 
 def _tokens(x: Tensor, activations: str) -> Tensor:
@@ -116,13 +161,12 @@ def _tokens(x: Tensor, activations: str) -> Tensor:
     return x if activations == "none" else token_quantizer.quantize_activations(x, activations)
 
 
-def _blocks(packed: Tensor, bits: int, rows: int, columns: int, tiled: bool) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(planes: Tensor, bits: int, rows: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
     """The rows of the weight, some at a time: which, and their codes (n, columns)."""
-    packed = untile(packed, bits, rows, columns) if tiled else packed
-    step = max(1, CHUNK[packed.device.type] // max(1, columns))
+    step = max(1, CHUNK[planes.device.type] // max(1, columns))
     for top in range(0, rows if columns else 0, step):
         bottom = min(top + step, rows)
-        codes = unpack_range(packed, bits, rows * columns, top * columns, bottom * columns)
+        codes = unpack_range(planes, bits, rows * columns, top * columns, bottom * columns)
         yield slice(top, bottom), codes.view(-1, columns)
 
 
@@ -143,32 +187,32 @@ def packed_linear(
     bits: int,
     epilogue: str,
     activations: str,
-    tiled: bool,
+    layout: str,
 ) -> Tensor:
     """(..., N), or (..., N / 2) after glu, in the dtype of ``x``.
 
     Args:
         x: (..., K), float32, bfloat16 or float16; sums are taken in float32.
-        packed: uint8, the N * K codes of the weight, in the layout that ``tiled`` says.
+        packed: uint8, the N * K codes of the weight, in ``layout``.
         codebook: (2**bits,), float32, int8 or float8_e4m3fn; tensor cores take its entries in the dtype of ``x``.
         scale: (N,) float32.
         bias: (N,), any floating dtype, or None.
         bits: width of a code.
         epilogue: a key of `EPILOGUES`.
         activations: "none", "int8" or "fp8".
-        tiled: the layout of ``packed``: that of `gq_triton.kernels.tiles`, or of `gq_triton.kernels.packing`.
+        layout: one of `layouts.LAYOUTS`.
     """
-    return _forward_cpu(x, packed, codebook, scale, bias, bits, epilogue, activations, tiled)
+    return _forward_cpu(x, packed, codebook, scale, bias, bits, epilogue, activations, layout)
 
 
 @packed_linear.register_kernel("cuda")
-def _(x, packed, codebook, scale, bias, bits, epilogue, activations, tiled):
-    tiles = packed if tiled else tile(packed, bits, scale.numel(), x.shape[-1])
+def _(x, packed, codebook, scale, bias, bits, epilogue, activations, layout):
+    tiles = convert(packed, codebook, layout, "tiles", bits, scale.numel(), x.shape[-1])
     return launch(x, tiles, codebook, scale, bias, bits, epilogue, activations)
 
 
 @packed_linear.register_fake
-def _(x, packed, codebook, scale, bias, bits, epilogue, activations, tiled):
+def _(x, packed, codebook, scale, bias, bits, epilogue, activations, layout):
     rows = scale.shape[0]
     return x.new_empty(*x.shape[:-1], rows // 2 if epilogue == "glu" else rows)
 
@@ -176,10 +220,11 @@ def _(x, packed, codebook, scale, bias, bits, epilogue, activations, tiled):
 def prefers_dense(tokens: int, activations: str, device: torch.device) -> bool:
     """Whether a product with a dense copy of the weight is taken to be faster than one with the packed weight.
 
-    On the CPU it always is: the product runs on floats in either case, and a copy saves the decoding.  On a GPU it is
-    where arithmetic and not memory is the limit, unless that is done on bytes.
+    It is where arithmetic and not memory is the limit, unless that is done on bytes.  Torch on the CPU computes with
+    floats in either case, and a copy always saves it the decoding.
     """
-    return device.type == "cpu" or (activations == "none" and tokens >= DENSE_TOKENS)
+    torch_only = device.type == "cpu" and not native.available()
+    return torch_only or (activations == "none" and tokens >= DENSE_TOKENS)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -196,7 +241,7 @@ def packed_linear_backward(
     bits: int,
     epilogue: str,
     activations: str,
-    tiled: bool,
+    layout: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, codebook, scale and bias, those that are ``wanted``, given that of the output.
@@ -205,11 +250,12 @@ def packed_linear_backward(
     place of a loop over the weight's rows; it has no derivative.
     """
     if epilogue != "none":
-        before = packed_linear(x, packed, codebook, scale, bias, bits, "none", activations, tiled)
+        before = packed_linear(x, packed, codebook, scale, bias, bits, "none", activations, layout)
         grad = EPILOGUES[epilogue].gradient(grad.float(), before.float())
     grad = _operand(grad.reshape(math.prod(x.shape[:-1]), len(scale)), x)
     tokens = _operand(_tokens(x, activations), x)
-    weight = packed, stored_values(codebook), scale, bits, tiled
+    planes = convert(packed, codebook, layout, "planes", bits, len(scale), x.shape[-1])
+    weight = planes, stored_values(codebook), scale, bits
     gradients = (
         lambda: _input_gradient(grad, tokens, *weight).view(x.shape).to(x.dtype, copy=True),
         lambda: _codebook_gradient(grad, tokens, *weight),
@@ -220,7 +266,7 @@ def packed_linear_backward(
 
 
 @packed_linear_backward.register_fake
-def _(grad, x, packed, codebook, scale, bias, bits, epilogue, activations, tiled, wanted):
+def _(grad, x, packed, codebook, scale, bias, bits, epilogue, activations, layout, wanted):
     tensors = x, codebook, scale, bias
     return [tensor.new_empty(tensor.shape) for tensor, want in zip(tensors, wanted, strict=True) if want]
 
@@ -230,31 +276,27 @@ def _operand(matrix: Tensor, x: Tensor) -> Tensor:
     return matrix.to(x.dtype if x.is_cuda else torch.float32)
 
 
-def _input_gradient(
-    grad: Tensor, tokens: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, tiled: bool
-) -> Tensor:
+def _input_gradient(grad: Tensor, tokens: Tensor, planes: Tensor, values: Tensor, scale: Tensor, bits: int) -> Tensor:
     total = tokens.new_zeros(tokens.shape, dtype=torch.float32)  # contiguous, unlike `tokens` perhaps
-    for part, codes in _blocks(packed, bits, grad.shape[1], tokens.shape[1], tiled):
+    for part, codes in _blocks(planes, bits, grad.shape[1], tokens.shape[1]):
         weight = scale[part, None] * _look_up(values, codes)
         total += grad[:, part] @ weight.to(grad.dtype)
     return total
 
 
 def _codebook_gradient(
-    grad: Tensor, tokens: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, tiled: bool
+    grad: Tensor, tokens: Tensor, planes: Tensor, values: Tensor, scale: Tensor, bits: int
 ) -> Tensor:
     total = torch.zeros_like(values)
-    for part, codes in _blocks(packed, bits, grad.shape[1], tokens.shape[1], tiled):
+    for part, codes in _blocks(planes, bits, grad.shape[1], tokens.shape[1]):
         product = (grad[:, part].t() @ tokens).float()
         total += _sums_by_code(product * scale[part, None], codes, len(values))
     return total
 
 
-def _scale_gradient(
-    grad: Tensor, tokens: Tensor, packed: Tensor, values: Tensor, scale: Tensor, bits: int, tiled: bool
-) -> Tensor:
+def _scale_gradient(grad: Tensor, tokens: Tensor, planes: Tensor, values: Tensor, scale: Tensor, bits: int) -> Tensor:
     total = torch.zeros(len(scale), dtype=torch.float32, device=scale.device)
-    for part, codes in _blocks(packed, bits, grad.shape[1], tokens.shape[1], tiled):
+    for part, codes in _blocks(planes, bits, grad.shape[1], tokens.shape[1]):
         product = (grad[:, part].t() @ tokens).float()
         total[part] = (product * _look_up(values, codes)).sum(1)
     return total
@@ -269,14 +311,14 @@ def _sums_by_code(terms: Tensor, codes: Tensor, levels: int) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.bits, ctx.epilogue, ctx.activations, ctx.tiled = inputs
+    *tensors, ctx.bits, ctx.epilogue, ctx.activations, ctx.layout = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
     needs_x, _, *needs_weight = ctx.needs_input_grad[:5]
     wanted = [needs_x, *needs_weight]
-    options = ctx.bits, ctx.epilogue, ctx.activations, ctx.tiled
+    options = ctx.bits, ctx.epilogue, ctx.activations, ctx.layout
     found = iter(packed_linear_backward(grad, *ctx.saved_tensors, *options, wanted))
     dx, dcodebook, dscale, dbias = (next(found) if want else None for want in wanted)
     return dx, None, dcodebook, dscale, dbias, None, None, None, None

@@ -10,15 +10,22 @@ and gates in the order that torch keeps them,
             R = sigmoid(r + r')        Z = sigmoid(z + z')           N  = tanh(n + R n')
 
 Sequences of different lengths are given as torch's PackedSequence has them: sorted by length, the rows of a time step
-together, `batch_sizes` of them.  Hidden states are not quantized; h has the dtype of x, and c is kept in float32
-between the steps of a call.
+together, `batch_sizes` of them.  Between the steps of a call c is kept in float32, and h too but on a GPU, where it has
+the dtype of x.
 
-CPU: the weights are decoded once per call, and torch's own kernel runs; gradients, on any device, come from there too.
+8-bit activations are a choice for each weight: what it multiplies, which is x, h or m, is quantized per token first
+(`gq_triton.kernels.activations`), h and m anew at every step.  Z h stands for the h that was not.  Gradients pass
+straight through the rounding.
+
+CPU: native kernels run, on integers where codebook and activations are int8 (`gq_triton.kernels.packed_linear`).
+Without them the weights are decoded once per call and torch's own kernel runs or, where something is quantized that it
+would hide, a loop over the steps.  Gradients, on any device, come from there too.
 
 GPU: the products with W_ih of all steps are one packed linear layer; what is left of a step is one launch, in which a
-program computes all gates of 16 units, and the state with them, for some tokens; a projection is a second launch.  A
-step that is a whole call, as in streaming, does the product with W_ih in that launch as well.  No launch depends on
-anything but shapes and `batch_sizes`, so CUDA graphs may capture a call.  Bytes per step: the codes of W_hh and W_hr.
+program computes all gates of 16 units, and the state with them, for some tokens; a projection is a second launch, and
+the quantization of what either multiplies another one before it.  A step that is a whole call, as in streaming, does
+the product with W_ih in that launch as well.  No launch depends on anything but shapes and `batch_sizes`, so CUDA
+graphs may capture a call.  Bytes per step: the codes of W_hh and W_hr.
 """
 
 from __future__ import annotations
@@ -31,12 +38,16 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.functional import pad
 
+from gq_triton.kernels import native
 from gq_triton.kernels import packed_linear_triton as linear
+from gq_triton.kernels.activations import quantize_activations
 from gq_triton.kernels.backend import cdiv, jit, launching, next_power_of_2, tl
 from gq_triton.kernels.decode import multiply
+from gq_triton.kernels.layouts import codes_of, convert
 from gq_triton.kernels.packed_linear_triton import sigmoid, tanh
+from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import as_stored, stored_values
-from gq_triton.kernels.tiles import ROW_BLOCK, as_words, codes_of, step_columns, tile
+from gq_triton.kernels.tiles import ROW_BLOCK, as_words, step_columns
 
 __all__ = ["decode_weights", "packed_recurrent", "recurrent", "reference", "weight_shapes"]
 
@@ -58,22 +69,39 @@ def reference(
     weights: list[Tensor],
     biases: list[Tensor],
     reverse: bool,
+    activations: list[str],
 ) -> list[Tensor]:
     """The definition, in float64, on float weights; arguments and result as of `recurrent`."""
-    x, states, weights, biases = x.double(), *([t.double() for t in part] for part in (states, weights, biases))
+    states, weights, biases = ([tensor.double() for tensor in part] for part in (states, weights, biases))
+    return _stepwise(x.double(), batch_sizes, states, weights, biases, reverse, activations)
+
+
+def _stepwise(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    reverse: bool,
+    activations: list[str],
+) -> list[Tensor]:
+    """The definition, in the one dtype of its arguments, differentiable."""
     steps = x.unbind() if batch_sizes is None else x.split(batch_sizes.tolist())
     outputs = []
     for step in steps[::-1] if reverse else steps:
-        new = _step([state[: len(step)] for state in states], step, weights, biases)
+        new = _step([state[: len(step)] for state in states], step, weights, biases, activations)
         states = [torch.cat([state, old[len(step) :]]) for state, old in zip(new, states, strict=True)]
         outputs.append(new[0])
     outputs = outputs[::-1] if reverse else outputs
     return [torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), *states]
 
 
-def _step(states: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+def _step(
+    states: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[Tensor], activations: list[str]
+) -> list[Tensor]:
     bias_ih, bias_hh = biases or (0, 0)
-    inputs, hidden = x @ weights[0].T + bias_ih, states[0] @ weights[1].T + bias_hh
+    inputs = _quantized(x, activations[0]) @ weights[0].T + bias_ih
+    hidden = _quantized(states[0], activations[1]) @ weights[1].T + bias_hh
     if len(states) == 1:
         (r, z, n), (r_hidden, z_hidden, n_hidden) = inputs.chunk(3, -1), hidden.chunk(3, -1)
         r, z = torch.sigmoid(r + r_hidden), torch.sigmoid(z + z_hidden)
@@ -81,25 +109,31 @@ def _step(states: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[T
     i, f, g, o = (inputs + hidden).chunk(4, -1)
     c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
     m = torch.sigmoid(o) * torch.tanh(c)
-    return [m @ weights[2].T if len(weights) == 3 else m, c]
+    return [_quantized(m, activations[2]) @ weights[2].T if len(weights) == 3 else m, c]
+
+
+def _quantized(x: Tensor, kind: str) -> Tensor:
+    """What products see of ``x``: float64, too, is quantized as the float32 numbers that kernels have."""
+    if kind == "none":
+        return x
+    return quantize_activations(x.float() if x.dtype == torch.float64 else x, kind).to(x.dtype)
 
 
 # --- decoded weights and torch's kernel -------------------------------------------------------------------------------
 
 
 def decode_weights(
-    x: Tensor, states: list[Tensor], weights: list[Tensor], bits: list[int], tiled: bool
+    x: Tensor, states: list[Tensor], weights: list[Tensor], bits: list[int], layout: str
 ) -> list[Tensor]:
     """The float32 weights; arguments as of `packed_recurrent`, differentiable in scales and float codebooks."""
     packed = zip(weights[::3], weights[1::3], weights[2::3], bits, weight_shapes(x.shape[-1], states), strict=False)
-    return [_decode(*arguments, tiled) for arguments in packed]
+    return [_decode(*arguments, layout) for arguments in packed]
 
 
 def _decode(
-    codes: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: tuple[int, int, int], tiled: bool
+    codes: Tensor, codebook: Tensor, scale: Tensor, bits: int, shape: tuple[int, int, int], layout: str
 ) -> Tensor:
-    rows, columns, groups = shape
-    codes = codes_of(codes, bits, rows, columns, tiled, groups)
+    codes = codes_of(codes, codebook, layout, bits, *shape)
     return scale.unsqueeze(1) * stored_values(codebook)[codes.int()]
 
 
@@ -110,11 +144,18 @@ def recurrent(
     weights: list[Tensor],
     biases: list[Tensor],
     reverse: bool,
+    activations: list[str],
 ) -> list[Tensor]:
-    """One layer in one direction by torch's own kernel, differentiable: `packed_recurrent` on float weights.
+    """One layer in one direction on float weights, differentiable: `packed_recurrent` by torch's own kernel or, where
+    something is quantized, a step at a time.
 
     ``weights`` are weight_ih, weight_hh and, with a projection, weight_hr; the rest is as there.
     """
+    if any(kind != "none" for kind in activations):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        states, weights, biases = ([tensor.to(wide) for tensor in part] for part in (states, weights, biases))
+        results = _stepwise(x.to(wide), batch_sizes, states, weights, biases, reverse, activations)
+        return [result.to(x.dtype) for result in results]
     kernel = _VF.lstm if len(states) == 2 else _VF.gru
     states, (ih, hh, *hr), biases = ([t.to(x.dtype) for t in part] for part in (states, weights, biases))
     first = [state.unsqueeze(0) for state in states]
@@ -140,19 +181,50 @@ def _mirror(batch_sizes: Tensor) -> Tensor:
     return start[lengths[token] - 1 - time] + token
 
 
+# --- CPU --------------------------------------------------------------------------------------------------------------
+
+
 def _forward_cpu(
     x: Tensor,
     batch_sizes: Tensor | None,
     states: list[Tensor],
     weights: list[Tensor],
     bits: list[int],
+    activations: list[str],
     biases: list[Tensor],
     reverse: bool,
-    tiled: bool,
+    layout: str,
 ) -> list[Tensor]:
-    decoded = decode_weights(x, states, weights, bits, tiled)
+    if native.available():
+        return _forward_native(x, batch_sizes, states, weights, bits, activations, biases, reverse, layout)
+    decoded = decode_weights(x, states, weights, bits, layout)
     with torch.autocast("cpu", enabled=False):
-        return recurrent(x, batch_sizes, states, decoded, biases, reverse)
+        return recurrent(x, batch_sizes, states, decoded, biases, reverse, activations)
+
+
+def _forward_native(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: list[Tensor],
+    weights: list[Tensor],
+    bits: list[int],
+    activations: list[str],
+    biases: list[Tensor],
+    reverse: bool,
+    layout: str,
+) -> list[Tensor]:
+    found = []
+    for index, (width, shape) in enumerate(zip(bits, weight_shapes(x.shape[-1], states), strict=False)):
+        codes, codebook, scale = weights[3 * index : 3 * index + 3]
+        panels = convert(codes, codebook, layout, "panels", width, *shape)
+        found.append(native_weight(panels, codebook, scale, width, *shape))
+    (steps, *states), biases = ([t.float().contiguous() for t in part] for part in ((x, *states), biases))
+    out = torch.empty(*x.shape[:-1], states[0].shape[1], dtype=torch.float32)
+    last = [torch.empty_like(state) for state in states]
+    segments = _segments(_step_sizes(x, batch_sizes), reverse)
+    rows = steps.view(-1, x.shape[-1]), segments, states, found, biases
+    native.recurrent(*rows, out, last, activations, torch.get_num_threads())
+    return [result.to(x.dtype) for result in (out, *last)]
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
@@ -217,10 +289,11 @@ def _by_gate(y, MB: tl.constexpr):
     return first, second, third, fourth
 
 
-@jit(do_not_specialize=["x_row", "h_row", "out_row", "token", "batch"])
+@jit(do_not_specialize=["x_row", "h_row", "carry_row", "out_row", "token", "batch"])
 def _step_kernel(
     x,  # (N, columns), contiguous, if FUSED; else their products with weight_ih, (N, GATES * 16 * row blocks of a gate)
-    h,  # (..., size)
+    h,  # (..., size), as the product sees it
+    carry,  # (..., hidden): h as it is, of a GRU
     c,  # (B, hidden), of an LSTM
     out,  # (..., hidden): h', or what is to be projected to it
     last,  # (B, hidden): h' again, if not PROJECTED
@@ -235,6 +308,7 @@ def _step_kernel(
     scale_hh,
     x_row,  # the rows of the first token
     h_row,
+    carry_row,
     out_row,
     token,  # its number: the row of c and of last
     batch,  # number of tokens
@@ -338,7 +412,7 @@ def _step_kernel(
         r, z, n, _ = _by_gate(y_x, MB)
         r_h, z_h, n_h, _ = _by_gate(y_h, MB)
         z = sigmoid(z + z_h)
-        old = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        old = tl.load(carry + carry_row.to(tl.int64) * hidden + at, mask=mask, other=0.0).to(tl.float32)
         y = (1.0 - z) * tanh(n + sigmoid(r + r_h) * n_h) + z * old
     y = y.to(out.dtype.element_ty)
     tl.store(out + out_row.to(tl.int64) * hidden + at, y, mask=mask)
@@ -346,16 +420,17 @@ def _step_kernel(
         tl.store(last + state, y, mask=mask)
 
 
-@jit(do_not_specialize=["out_row", "token", "batch"])
+@jit(do_not_specialize=["m_row", "out_row", "token", "batch"])
 def _project_kernel(
-    m,  # (B, hidden), contiguous
+    m,  # (..., hidden), contiguous
     out,  # (N, size)
     last,  # (B, size)
     tiles,
     codebook,
     scale,
-    out_row,  # of the first token
-    token,  # its number: the row of m and of last
+    m_row,  # the rows of the first token
+    out_row,
+    token,  # its number: the row of last
     batch,
     hidden,
     size,
@@ -375,7 +450,7 @@ def _project_kernel(
     first = tl.program_id(1) * (8 * MB)
     row = tl.program_id(0) * 16 + tl.arange(0, 16)
     y = _product(
-        m + token.to(tl.int64) * hidden,
+        m + m_row.to(tl.int64) * hidden,
         first,
         batch,
         hidden,
@@ -430,11 +505,12 @@ def _launch(
     states: list[Tensor],
     weights: list[Tensor],
     bits: list[int],
+    activations: list[str],
     biases: list[Tensor],
     reverse: bool,
-    tiled: bool,
+    layout: str,
 ) -> list[Tensor]:
-    sizes = [x.shape[1]] * len(x) if batch_sizes is None else batch_sizes.tolist()
+    sizes = _step_sizes(x, batch_sizes)
     states = [state.to(x.dtype).contiguous() for state in states]
     size, hidden, columns = states[0].shape[-1], states[-1].shape[-1], x.shape[-1]
     out, last = x.new_empty(*x.shape[:-1], size), torch.empty_like(states[0])
@@ -442,29 +518,32 @@ def _launch(
     cell = torch.empty_like(states[-1], dtype=x.dtype if fused else torch.float32)
     if not out.numel():
         return [out, last, cell.to(x.dtype)][: 1 + len(states)]
-    ih, hh, *hr = _tiled_weights(x, states, weights, bits, tiled)
-    x = x.reshape(-1, columns)
-    inputs = x.contiguous() if fused else _input_product(x, ih, hidden)
-    target = torch.empty_like(states[-1]) if projected else out
+    ih, hh, *hr = _tiled_weights(x, states, weights, bits, layout)
+    x, outputs = x.reshape(-1, columns), out.view(-1, size)
+    inputs = _quantized(x, activations[0]).contiguous() if fused else _input_product(x, ih, hidden, activations[0])
+    target = torch.empty_like(states[-1]) if projected else outputs
     first_bias, second_bias = [bias.contiguous() for bias in biases] or (inputs, inputs)
     shared = {name: hh.options[name] for name in ("OPERAND", "ASM", "PRECISION", "EXACT")}
     options = shared | ih.named("_IH") | hh.named("_HH")
     options |= {"GATES": 2 + len(states), "FUSED": fused, "PROJECTED": projected, "HAS_BIAS": bool(biases)}
     with launching(x):
         for row, token, count, before in _segments(sizes, reverse):
-            h, h_row, c = (states[0], token, states[-1]) if before is None else (out, before, cell)
+            carry, carry_row, c = (states[0], token, states[-1]) if before is None else (outputs, before, cell)
+            h, h_row = _operand(carry, carry_row, count, activations[1])
+            m_row = token if projected else row
             grid, shape = _plan(x, count, hidden, size, bits[1], gates=4)
             _step_kernel[grid](
-                *(inputs, h, c, target, last, cell, first_bias, second_bias, *ih.tensors, *hh.tensors),
-                *(row, h_row, token if projected else row, token, count, columns, size, hidden),
+                *(inputs, h, carry, c, target, last, cell, first_bias, second_bias, *ih.tensors, *hh.tensors),
+                *(row, h_row, carry_row, m_row, token, count, columns, size, hidden),
                 *(ih.scale.stride(0), hh.scale.stride(0)),
                 **options,
                 **shape,
             )
             if projected:
+                m, m_row = _operand(target, m_row, count, activations[2])
                 grid, shape = _plan(x, count, size, hidden, bits[2], gates=1)
                 _project_kernel[grid](
-                    *(target, out, last, *hr[0].tensors, row, token, count, hidden, size, hr[0].scale.stride(0)),
+                    *(m, out, last, *hr[0].tensors, m_row, row, token, count, hidden, size, hr[0].scale.stride(0)),
                     **shared,
                     **hr[0].named(),
                     **shape,
@@ -472,23 +551,33 @@ def _launch(
     return [out, last, cell.to(x.dtype)][: 1 + len(states)]
 
 
+def _operand(rows: Tensor, first: int, count: int, kind: str) -> tuple[Tensor, int]:
+    """What a product sees of ``count`` rows from ``first`` on, and where they begin in it."""
+    return (rows, first) if kind == "none" else (quantize_activations(rows[first : first + count], kind), 0)
+
+
 def _tiled_weights(
-    x: Tensor, states: list[Tensor], weights: list[Tensor], bits: list[int], tiled: bool
+    x: Tensor, states: list[Tensor], weights: list[Tensor], bits: list[int], layout: str
 ) -> list[_Weight]:
     found = []
     for index, (width, shape) in enumerate(zip(bits, weight_shapes(x.shape[-1], states), strict=False)):
         codes, codebook, scale = weights[3 * index : 3 * index + 3]
         options = linear.specialization(width, linear.FORMS[codebook.dtype], linear.OPERANDS[x.dtype])
-        tiles = codes if tiled else tile(codes, width, *shape)
+        tiles = convert(codes, codebook, layout, "tiles", width, *shape)
         found.append(_Weight(tiles, codebook, scale.expand(shape[0]), width, options))
     return found
 
 
-def _input_product(x: Tensor, ih: _Weight, hidden: int) -> Tensor:
+def _input_product(x: Tensor, ih: _Weight, hidden: int, activations: str) -> Tensor:
     """Products of all steps with weight_ih, each gate padded as its row blocks are."""
     gates = len(ih.scale) // hidden
     scale = pad(ih.scale.view(gates, hidden), (0, -hidden % ROW_BLOCK)).view(-1) if hidden % ROW_BLOCK else ih.scale
-    return linear.launch(x, ih.tiles, ih.codebook, scale, None, ih.bits, "none", "none")
+    return linear.launch(x, ih.tiles, ih.codebook, scale, None, ih.bits, "none", activations)
+
+
+def _step_sizes(x: Tensor, batch_sizes: Tensor | None) -> list[int]:
+    """How many sequences each step has."""
+    return [x.shape[1]] * len(x) if batch_sizes is None else batch_sizes.tolist()
 
 
 def _segments(sizes: list[int], reverse: bool) -> Iterator[tuple[int, int, int, int | None]]:
@@ -525,16 +614,23 @@ def _plan(
 # --- operator ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gq_triton::packed_recurrent", mutates_args=(), device_types="cpu")
+_SCHEMA = (  # torch infers none with a list of texts
+    "(Tensor x, Tensor? batch_sizes, Tensor[] states, Tensor[] weights, int[] bits, str[] activations, "
+    "Tensor[] biases, bool reverse, str layout) -> Tensor[]"
+)
+
+
+@torch.library.custom_op("gq_triton::packed_recurrent", mutates_args=(), device_types="cpu", schema=_SCHEMA)
 def packed_recurrent(
     x: Tensor,
     batch_sizes: Tensor | None,
     states: list[Tensor],
     weights: list[Tensor],
     bits: list[int],
+    activations: list[str],
     biases: list[Tensor],
     reverse: bool,
-    tiled: bool,
+    layout: str,
 ) -> list[Tensor]:
     """[output, h, c] of an LSTM, [output, h] of a GRU, in the dtype of ``x``: all hidden states, and the last states.
 
@@ -546,41 +642,42 @@ def packed_recurrent(
             projection, of weight_hr (P, H), one after the other. G is 4 for an LSTM and 3 for a GRU; a codebook is
             in its deployed dtype (`tables.CODEBOOK_SCALES`), a scale (rows,) or (1,) float32.
         bits: width of a code, of each weight.
+        activations: "none", "int8" or "fp8", for each weight: how what it multiplies, x, h or m, is quantized first.
         biases: bias_ih and bias_hh, (G H,), any floating dtype; or none.
         reverse: whether time runs backwards; the output stays in the order of ``x``.
-        tiled: whether codes are as `tiles.tile` has them, the gates being groups, or as `packing.pack` has them.
+        layout: of the codes, one of `layouts.LAYOUTS`; the gates are groups of it.
     """
-    return _forward_cpu(x, batch_sizes, states, weights, bits, biases, reverse, tiled)
+    return _forward_cpu(x, batch_sizes, states, weights, bits, activations, biases, reverse, layout)
 
 
 packed_recurrent.register_kernel("cuda")(_launch)
 
 
 @packed_recurrent.register_fake
-def _(x, batch_sizes, states, weights, bits, biases, reverse, tiled):
+def _(x, batch_sizes, states, weights, bits, activations, biases, reverse, layout):
     return [x.new_empty(*x.shape[:-1], states[0].shape[-1]), *(x.new_empty(state.shape) for state in states)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, batch_sizes, states, weights, bits, biases, reverse, tiled = inputs
+    x, batch_sizes, states, weights, bits, activations, biases, reverse, layout = inputs
     ctx.counts = len(states), len(weights), len(biases)
-    ctx.options = bits, reverse, tiled
+    ctx.options = bits, activations, reverse, layout
     ctx.save_for_backward(x, batch_sizes, *states, *weights, *biases)
 
 
 def _backward(ctx, grads):
     x, batch_sizes, *saved = ctx.saved_tensors
-    bits, reverse, tiled = ctx.options
-    needed = [ctx.needs_input_grad[0], *(need for part in (2, 3, 5) for need in ctx.needs_input_grad[part])]
+    bits, activations, reverse, layout = ctx.options
+    needed = [ctx.needs_input_grad[0], *(need for part in (2, 3, 6) for need in ctx.needs_input_grad[part])]
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((x, *saved), needed, strict=True)]
         states, weights, biases = _split(leaves[1:], ctx.counts)
-        decoded = decode_weights(leaves[0], states, weights, bits, tiled)
-        outputs = recurrent(leaves[0], batch_sizes, states, decoded, biases, reverse)
+        decoded = decode_weights(leaves[0], states, weights, bits, layout)
+        outputs = recurrent(leaves[0], batch_sizes, states, decoded, biases, reverse, activations)
         found = iter(torch.autograd.grad(outputs, [leaf for leaf in leaves if leaf.requires_grad], grads))
     dx, *rest = [next(found) if need else None for need in needed]
     dstates, dweights, dbiases = _split(rest, ctx.counts)
-    return dx, None, dstates, dweights, None, dbiases, None, None
+    return dx, None, dstates, dweights, None, None, dbiases, None, None
 
 
 def _split(flat: list, counts: tuple[int, int, int]) -> tuple[list, list, list]:

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from gq_triton.kernels.planes import PLANES, plane_bytes
+
 __all__ = [
     "PLANES",
     "pack",
@@ -29,21 +31,15 @@ __all__ = [
     "unpack_range",
 ]
 
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
-
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that ``count`` packed codes of ``bits`` bits take."""
-    return sum(_plane_bytes(count, bits))
+    return sum(plane_bytes(count, bits))
 
 
 def split_planes(packed: Tensor, count: int, bits: int) -> tuple[Tensor, ...]:
     """Views of the planes of ``count`` packed codes."""
-    return packed.split(_plane_bytes(count, bits))
-
-
-def _plane_bytes(count: int, bits: int) -> list[int]:
-    return [-(-count * width // 8) for width in PLANES[bits]]
+    return packed.split(plane_bytes(count, bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -33,12 +33,11 @@ import torch
 from torch import Tensor
 
 from gq_triton.kernels.backend import cdiv, jit, tl
-from gq_triton.kernels.packing import PLANES, pack_plane, packed_bytes, split_planes, unpack, unpack_plane
+from gq_triton.kernels.packing import PLANES, pack_plane, packed_bytes, split_planes, unpack_plane
 
 __all__ = [
     "ROW_BLOCK",
     "as_words",
-    "codes_of",
     "load_tiled",
     "padded_columns",
     "row_blocks",
@@ -118,12 +117,6 @@ def untile(tiles: Tensor, bits: int, rows: int, columns: int, groups: int = 1) -
             start = top * columns * width // 8
             target[start : start + len(part)] = part
     return packed
-
-
-def codes_of(packed: Tensor, bits: int, rows: int, columns: int, tiled: bool, groups: int = 1) -> Tensor:
-    """The codes (rows, columns), uint8, of a weight in tiles or, if not ``tiled``, in bit planes."""
-    packed = untile(packed, bits, rows, columns, groups) if tiled else packed
-    return unpack(packed, bits, (rows, columns))
 
 
 def as_words(tiles: Tensor) -> Tensor:

@@ -159,20 +159,26 @@ def test_a_group_of_two_dtypes_is_refused():
         F.fake_quantize_group(weights, **tensors, per_channel=True)
 
 
+def in_layout(layout, codes, bits, codebook, groups=1):
+    """Codes as the public functions lay them out."""
+    packed, shape = F.pack(codes, bits), (bits, len(codes), codes[0].numel(), groups)
+    if layout == "panels":
+        return F.panel(packed, codebook, *shape)
+    return F.tile(packed, *shape) if layout == "tiles" else packed
+
+
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize("activations", [None, "int8", "fp8"])
 @pytest.mark.parametrize("codebook", CODEBOOKS[1:])
-@pytest.mark.parametrize("tiled", [False, True])
-def test_packed_linear_equals_linear_on_the_hard_weight(device, bits, activations, codebook, tiled):
+def test_packed_linear_equals_linear_on_the_hard_weight(device, bits, activations, codebook, layout):
     weight, scale, x = torch.randn(11, 30), torch.rand(11), torch.randn(2, 5, 30, device=device)
     bias, centroids = torch.randn(11, device=device), centroids_of(bits)
     hard = F.fake_quantize(weight, scale, centroids, mu=1.0, hardness=1.0, codebook_dtype=codebook).to(device)
-    packed = F.pack(F.encode(weight, scale, centroids, mu=1.0), bits).to(device)
-    packed = F.tile(packed, bits, 11, 30) if tiled else packed
     stored = deployed(F.codebook(centroids, mu=1.0, dtype=codebook), codebook).to(device)
+    packed = in_layout(layout, F.encode(weight, scale, centroids, mu=1.0).to(device), bits, stored)
     quantized = x if activations is None else F.quantize_activations(x, activations)
     expected = torch.relu(torch.nn.functional.linear(quantized, hard, bias))
-    options = {"bits": bits, "in_features": 30, "activations": activations, "epilogue": "relu", "tiled": tiled}
+    options = {"bits": bits, "in_features": 30, "activations": activations, "epilogue": "relu", "layout": layout}
     actual = F.packed_linear(x, packed, stored, scale.to(device), bias, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -324,7 +330,9 @@ def linear_arguments():
         ({"epilogue": "none"}, ValueError, "epilogue must be one of None, "),
         ({"scale": torch.ones(5), "epilogue": "glu"}, ValueError, "out_features must be even .*'glu'.* got 5"),
         ({"bias": torch.zeros(4, dtype=torch.int64)}, TypeError, "bias must have dtype"),
-        ({"tiled": True}, ValueError, r"packed must have shape \(512,\) for 12 codes of 4 bits, got \(6,\)"),
+        ({"layout": "tiles"}, ValueError, r"packed must have shape \(512,\) for 12 codes of 4 bits, got \(6,\)"),
+        ({"layout": "panels"}, ValueError, r"packed must have shape \(256,\) for 12 codes of 4 bits, got \(6,\)"),
+        ({"layout": "rows"}, ValueError, "layout must be one of 'planes', 'tiles', 'panels', got 'rows'"),
         (
             {"codebook": torch.zeros(16).to(torch.float8_e4m3fn).requires_grad_()},
             TypeError,
@@ -396,7 +404,9 @@ def depthwise_arguments():
         ({"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(4,\), got \(3,\)"),
         ({"bias": torch.zeros(4, dtype=torch.int64)}, TypeError, "bias must have dtype"),
         ({"packed": torch.zeros(7, dtype=torch.uint8)}, ValueError, r"packed must have shape \(6,\) for 12 codes"),
-        ({"tiled": True}, ValueError, r"packed must have shape \(512,\) for 12 codes of 4 bits, got \(6,\)"),
+        ({"layout": "tiles"}, ValueError, r"packed must have shape \(512,\) for 12 codes of 4 bits, got \(6,\)"),
+        ({"layout": "panels"}, ValueError, r"packed must have shape \(256,\) for 12 codes of 4 bits, got \(6,\)"),
+        ({"layout": "rows"}, ValueError, "layout must be one of 'planes', 'tiles', 'panels', got 'rows'"),
         ({"codebook": torch.zeros(8)}, ValueError, r"codebook must have shape \(16,\) for 4 bits, got \(8,\)"),
         ({"codebook": torch.zeros(16, device="meta")}, ValueError, "codebook must be on the device of x, cpu"),
     ],
@@ -406,17 +416,15 @@ def test_packed_depthwise_conv1d_names_what_is_wrong(change, error, match):
         F.packed_depthwise_conv1d(**{**depthwise_arguments(), **change})
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_packed_depthwise_conv1d_equals_conv1d_on_the_decoded_weight(device, tiled):
+def test_packed_depthwise_conv1d_equals_conv1d_on_the_decoded_weight(device, layout):
     codes, x = torch.randint(0, 8, (6, 1, 4), dtype=torch.uint8), torch.randn(2, 3, 20, device=device)
     codebook, scale, bias = torch.linspace(-1, 1, 8), torch.rand(1), torch.randn(6)
     weight = F.decode(codes, scale, codebook).to(device)
-    packed = F.tile(F.pack(codes, 3), 3, 6, 4) if tiled else F.pack(codes, 3)
-    tensors = [tensor.to(device) for tensor in (packed, codebook, scale, bias)]
+    tensors = [tensor.to(device) for tensor in (in_layout(layout, codes, 3, codebook), codebook, scale, bias)]
     options = {"stride": 2, "padding": 1, "dilation": 3}
     expected = torch.nn.functional.conv1d(x, weight, bias.to(device), **options, groups=3)
     for inputs, outputs in ((x, expected), (x[1], expected[1])):
-        actual = F.packed_depthwise_conv1d(inputs, *tensors, bits=3, kernel_size=4, **options, tiled=tiled)
+        actual = F.packed_depthwise_conv1d(inputs, *tensors, bits=3, kernel_size=4, **options, layout=layout)
         torch.testing.assert_close(actual, outputs, atol=1e-5, rtol=1e-5)
 
 
@@ -455,9 +463,8 @@ def recurrent_arguments(batch_sizes=None):
     return {"x": x, "states": states, "weights": weights, "biases": biases, **keywords}
 
 
-@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("batch_sizes", [None, [2, 1, 1]])
-def test_packed_recurrent_equals_lstm_on_the_decoded_weights(device, batch_sizes, tiled):
+def test_packed_recurrent_equals_lstm_on_the_decoded_weights(device, batch_sizes, layout):
     arguments = recurrent_arguments(batch_sizes)
     x, states = arguments["x"], arguments["states"]
     shapes, bits = [(20, 6, 4), (20, 3, 4), (3, 5, 1)], arguments["bits"]
@@ -471,15 +478,14 @@ def test_packed_recurrent_equals_lstm_on_the_decoded_weights(device, batch_sizes
     packed = x if batch_sizes is None else torch.nn.utils.rnn.PackedSequence(x, arguments["batch_sizes"])
     output, (h, c) = lstm(packed, tuple(state[None] for state in states))
     expected = [output if batch_sizes is None else output.data, h[0], c[0]]
-    if tiled:
-        arguments["weights"] = [
-            (F.tile(codes, width, *shape), *rest)
-            for (codes, *rest), width, shape in zip(arguments["weights"], bits, shapes, strict=True)
-        ]
+    arguments["weights"] = [
+        (in_layout(layout, F.unpack(codes, width, shape), width, codebook, groups), codebook, scale)
+        for (codes, codebook, scale), width, (*shape, groups) in zip(arguments["weights"], bits, shapes, strict=True)
+    ]
     for name in ("states", "biases"):
         arguments[name] = [tensor.to(device) for tensor in arguments[name]]
     arguments["weights"] = [[tensor.to(device) for tensor in weight] for weight in arguments["weights"]]
-    actual = F.packed_recurrent(**{**arguments, "x": x.to(device)}, tiled=tiled)
+    actual = F.packed_recurrent(**{**arguments, "x": x.to(device)}, layout=layout)
     torch.testing.assert_close([result.cpu() for result in actual], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -495,7 +501,9 @@ WRONG_RECURRENT = [
     (lambda a: a | {"states": a["states"][:1]}, ValueError, r"sizes \[3\]; got 3 and 3"),
     (lambda a: a | {"bits": [2, 3]}, ValueError, "got 3 and 2"),
     (lambda a: a | {"bits": [2, 3, 9]}, ValueError, "bits must be an integer from 1 to 8"),
-    (lambda a: a | {"tiled": True}, ValueError, "packed must have shape"),
+    (lambda a: a | {"layout": "tiles"}, ValueError, "packed must have shape"),
+    (lambda a: a | {"activations": ["int4"] * 3}, ValueError, "activations must be one of .* got 'int4'"),
+    (lambda a: a | {"activations": ["int8"]}, ValueError, "activations must be given for each of 3 weights .* got 1"),
     (lambda a: a | {"biases": a["biases"][:1]}, ValueError, "biases must be .* got 1 tensors"),
     (lambda a: a | {"biases": [torch.zeros(20), torch.zeros(5)]}, ValueError, r"biases\[1\] must have shape \(20,\)"),
     (lambda a: a | {"biases": [torch.zeros(20).long()] * 2}, TypeError, r"biases\[0\] must have dtype"),

@@ -115,9 +115,9 @@ def test_sharing_is_kept(saved):
 
 def test_files_are_the_same_from_a_gpu(packed, saved, tmp_path, monkeypatch):
     """Where CPU tensors count as a GPU's."""
-    monkeypatch.setattr(packed_weight, "wants_tiles", lambda device: True)
+    monkeypatch.setattr(packed_weight, "layout_for", lambda device: "tiles")
     loaded = gq.load_packed(Model().eval(), saved)
-    assert all(module.tiled for module in loaded.modules() if isinstance(module, PackedWeight))
+    assert all(module.layout == "tiles" for module in loaded.modules() if isinstance(module, PackedWeight))
     assert loaded.head.weight_packed is loaded.embedding.weight_packed
     torch.testing.assert_close(loaded(INDEX), packed(INDEX))
     again = tmp_path / "again.safetensors"

@@ -131,7 +131,7 @@ class PackedLayer(QuantizableLayer):
             in_features=packed.shape[1],
             out_features=packed.shape[0],
             activations=activations,
-            tiled=packed.tiled,
+            layout=packed.layout,
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -72,7 +72,7 @@ class PackedConv1d(PackedLayer, nn.Conv1d):
             stride=self.stride[0],
             padding=left,
             dilation=self.dilation[0],
-            tiled=packed.tiled,
+            layout=packed.layout,
         )
 
     def _padding(self) -> tuple[int, int]:

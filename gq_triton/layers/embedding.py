@@ -46,6 +46,6 @@ class PackedEmbedding(_Embedding, PackedLayer, nn.Embedding):
             bits=packed.config.bits,
             embedding_dim=self.embedding_dim,
             num_embeddings=self.num_embeddings,
-            tiled=packed.tiled,
+            layout=packed.layout,
         )
         return rows.to(packed.dtype)

@@ -1,7 +1,7 @@
 """A quantized weight as it is deployed: packed codes, a codebook, scales. No float weight is held.
 
-Codes have two layouts. Files, state dicts and the CPU have bit planes (:mod:`gq_triton.kernels.packing`); a weight on a
-GPU holds the tiles that kernels read there (:mod:`gq_triton.kernels.tiles`), and them alone. It is converted where it
+Files, state dicts and pickles have codes as bit planes (:mod:`gq_triton.kernels.packing`); in memory a weight holds the
+layout that the kernels of its device read (:mod:`gq_triton.kernels.layouts`), and it alone. It is converted where it
 moves from one device to another; state dicts are the same wherever it is.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gq_triton import functional as F
 from gq_triton.config import GQConfig
+from gq_triton.kernels.layouts import convert, layout_for
 from gq_triton.kernels.packing import packed_bytes
 from gq_triton.kernels.tables import CODEBOOK_SCALES
-from gq_triton.kernels.tiles import tile, untile
 from gq_triton.quantizer import FixedDtypeModule, WeightQuantizer
 
 _CODEBOOK_DTYPES = {"float": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -30,11 +30,12 @@ class PackedWeight(FixedDtypeModule):
         shape: of the weight.
         dtype: of the weight; the layer's computations happen in it, and it follows ``.half()``, ``.to(dtype)``, ...
         device: where the buffers live. Default: torch's default device.
-        groups: how many equal groups the rows form, such as the gates of an LSTM; tiles pad each by itself.
+        groups: how many equal groups the rows form, such as the gates of an LSTM; layouts may pad each by itself.
 
     Attributes:
-        codes: buffer, uint8, 1-D; the codes, in tiles or else in bit planes.
-        tiled: which of the two it is.
+        codes: buffer, uint8, 1-D. Of 8 bits with an int8 codebook, panels hold its entries themselves: then the
+            codebook is to be changed by loading a state dict, not in place.
+        layout: of the codes, one of :data:`gq_triton.kernels.layouts.LAYOUTS`.
         codebook: buffer, (2**bits,), in the configuration's codebook dtype: int8 q is q / 127, fp8 q is q / 256.
         scale: buffer, (C,) or (1,), float32.
         dense: buffer, the decoded weight, of ``shape`` and ``dtype``, or None; see :func:`gq_triton.allow_dense`.
@@ -58,7 +59,7 @@ class PackedWeight(FixedDtypeModule):
         self.config = config
         self.shape = shape
         self.groups = groups
-        self.tiled = False
+        self.layout = "planes"
         self.sqnr_db: float | None = None
         for name, (size, kind) in packed_layout(config, shape).items():
             self.register_buffer(name, torch.zeros(size, dtype=kind, device=device))
@@ -81,35 +82,54 @@ class PackedWeight(FixedDtypeModule):
 
     def _follow_device(self) -> None:
         """Converts the codes to the layout of the device that they are on now."""
-        tiled = wants_tiles(self.codes.device)
-        if tiled != self.tiled:
-            self.codes = self._to_tiles(self.codes) if tiled else self.bit_planes()
-            self.tiled = tiled
+        if self.codebook.device != self.codes.device:
+            return  # assign=True has brought but one of them so far
+        layout = layout_for(self.codes.device)
+        self.codes = self._convert(self.codes, self.codebook, self.layout, layout)
+        self.layout = layout
 
-    def _to_tiles(self, bit_planes: Tensor) -> Tensor:
-        return tile(bit_planes, self.config.bits, *_matrix(self.shape), self.groups)
+    def _convert(self, codes: Tensor, codebook: Tensor, source: str, target: str) -> Tensor:
+        return convert(codes, codebook, source, target, self.config.bits, *_matrix(self.shape), self.groups)
 
     def bit_planes(self) -> Tensor:
         """Returns the codes as files have them, uint8, 1-D: :func:`gq_triton.functional.pack`."""
-        return untile(self.codes, self.config.bits, *_matrix(self.shape), self.groups) if self.tiled else self.codes
+        return self._convert(self.codes, self.codebook, self.layout, "planes")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.tiled:
+        if self.layout != "planes":
             destination[f"{prefix}codes"] = self.bit_planes()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = f"{prefix}codes"
-        if self.tiled and name in state_dict:
+        codes, codebook = (state_dict.get(f"{prefix}{name}") for name in ("codes", "codebook"))
+        entries = self.layout == "panels" and self.codebook.dtype == torch.int8 and self.config.bits == 8
+        half = entries and (codes is None) != (codebook is None)
+        if half:
+            self.codes, self.layout = self.bit_planes(), "planes"  # what is to come with the other half is not known
+        if codes is not None and self.layout != "planes":
             *_, errors = args
             try:
-                state_dict = {**state_dict, name: self._to_tiles(state_dict[name])}
+                state_dict = {**state_dict, f"{prefix}codes": self._loaded(codes, codebook)}
             except ValueError as error:
-                errors.append(f"size mismatch for {name}: {error}")
+                errors.append(f"size mismatch for {prefix}codes: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._follow_device()  # assign=True may have changed it
+        if not half:
+            self._follow_device()  # assign=True may have changed it
         self.keep_dense(self.dense is not None)
+
+    def _loaded(self, codes: Tensor, codebook: Tensor | None) -> Tensor:
+        """Returns bit planes that come with a codebook, or without, in this weight's layout."""
+        codebook = self.codebook if codebook is None else codebook.to(self.codebook.dtype)
+        return self._convert(codes, codebook, "planes", self.layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        buffers = {**self._buffers, "codes": self.bit_planes()}
+        return {**super().__getstate__(), "_buffers": buffers, "layout": "planes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow_device()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,19 +151,18 @@ class PackedWeight(FixedDtypeModule):
         config, part = quantizer.config, weight[rows]
         packed = cls(config, part.shape, weight.dtype, weight.device, groups)
         scale, codebook = quantizer.scale(), quantizer.codebook()
-        codebook = codebook * CODEBOOK_SCALES.get(packed.codebook.dtype, 1.0)
-        buffers = {
-            "codes": F.pack(quantizer.encode(weight)[rows], config.bits),
-            "codebook": codebook.round() if config.codebook == "int8" else codebook,
-            "scale": scale if len(scale) == 1 else scale[rows],
-        }
-        packed.load_state_dict(buffers)
+        codes, codebook = quantizer.encode(weight)[rows], codebook * CODEBOOK_SCALES.get(packed.codebook.dtype, 1.0)
+        if config.codebook == "int8":  # the first of equal entries, as which panels of 8 bits return to planes
+            codebook = codebook.round()
+            codes = torch.searchsorted(codebook, codebook).to(torch.uint8)[codes.int()]
+        scale = scale if len(scale) == 1 else scale[rows]
+        packed.load_state_dict({"codes": F.pack(codes, config.bits), "codebook": codebook, "scale": scale})
         packed.sqnr_db = sqnr_db(part, packed.decode())
         return packed
 
     def decode(self) -> Tensor:
         """Returns the float weight, of the packed weight's ``shape`` and ``dtype``: scale times codebook entry."""
-        if not self.tiled:
+        if self.layout == "planes":
             codes = F.unpack(self.codes, self.config.bits, self.shape)
             return F.decode(codes, self.scale, self.codebook).to(self.dtype)
         rows, columns = _matrix(self.shape)
@@ -155,18 +174,13 @@ class PackedWeight(FixedDtypeModule):
             bits=self.config.bits,
             embedding_dim=columns,
             num_embeddings=rows,
-            tiled=True,
+            layout=self.layout,
             groups=self.groups,
         )
         return weight.view(self.shape).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"bits={self.config.bits}, shape={tuple(self.shape)}, codebook={self.config.codebook!r}"
-
-
-def wants_tiles(device: torch.device) -> bool:
-    """Returns whether the kernels of ``device`` read tiles."""
-    return device.type == "cuda"
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:

@@ -1,14 +1,16 @@
 """Quantized twins of ``nn.LSTM`` and ``nn.GRU``, with their whole surface.
 
 Each of ``weight_ih_l0``, ``weight_hh_l0``, ``weight_hr_l0``, ``..._reverse``, ... has its own quantizer, or none.
-Activations, where ``weight_ih_l0`` asks for it, are quantized at the input of the first layer only: hidden states and
-the inputs of the layers above never are.
+Where a weight's configuration asks for it, a packed layer quantizes what that weight multiplies: ``weight_ih`` the
+layer's input, ``weight_hh`` the hidden state and ``weight_hr`` what is projected, the latter two at every step.
 
-In training, torch's own recurrent kernels run on quantized weights. cuDNN copies weights that do not lie in one piece,
-as freshly quantized ones never do, and says so once; flatten_parameters, as it advises, would make the same copy.
+In training, torch's own recurrent kernels run on quantized weights. They hide all activations but the input of the
+first layer: only there, where ``weight_ih_l0`` asks for it, does training see the rounding. cuDNN copies weights that
+do not lie in one piece, as freshly quantized ones never do, and says so once; flatten_parameters, as it advises, would
+make the same copy.
 
 Packed layers run one operator per layer and direction; where a weight of it is left float, the packed ones are decoded
-and torch's kernel runs.
+and torch's kernel runs or, with quantized activations, a loop over the steps.
 """
 
 import copy
@@ -121,7 +123,6 @@ class _PackedRecurrent(_Recurrent, PackedLayer, nn.RNNBase):
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Runs all layers, on (T, B, K), or on (N, K) with ``batch_sizes``."""
-        x = self.quantized_input(x, "weight_ih_l0")
         directions = ("", "_reverse") if self.bidirectional else ("",)
         finals: list[list[Tensor]] = []
         for layer in range(self.num_layers):
@@ -143,17 +144,21 @@ class _PackedRecurrent(_Recurrent, PackedLayer, nn.RNNBase):
         biases = [getattr(self, f"bias_{kind}_{end}") for kind in kinds[:2]] if self.bias else []
         reverse = end.endswith("_reverse")
         packed = [self._modules.get(f"{name}_packed") for name in names]
+        activations = [None if weight is None else weight.config.activations for weight in packed]
         if None in packed:
-            return recurrent(x, batch_sizes, states, [self.decoded(name) for name in names], biases, reverse)
+            decoded = [self.decoded(name) for name in names]
+            kinds = [kind or "none" for kind in activations]
+            return recurrent(x, batch_sizes, states, decoded, biases, reverse, kinds)
         return F.packed_recurrent(
             x,
             states,
             [(weight.codes, weight.codebook, weight.scale) for weight in packed],
             biases,
             bits=[weight.config.bits for weight in packed],
+            activations=activations,
             batch_sizes=batch_sizes,
             reverse=reverse,
-            tiled=packed[0].tiled,
+            layout=packed[0].layout,
         )
 
 

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gq_triton.kernels import backend, packing, tiles
+from gq_triton.kernels import backend, native, packing
 from gq_triton.kernels import packed_conv as pc
+from gq_triton.kernels.layouts import LAYOUTS, convert
 
 CODEBOOKS = {
     "float": lambda levels: torch.linspace(-1, 1, levels),
@@ -25,18 +26,21 @@ def weight(bits, rows, kernel_size, device="cpu", codebook="float"):
     return [tensor.to(device) for tensor in tensors]
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def implementation(request):
-    """A device, what convolves on it, and whether that reads tiles."""
-    if request.param == "cpu":
-        return torch.device("cpu"), pc._forward_cpu, False
-    return request.getfixturevalue("kernel_device"), pc._launch, True
+READS = {"native": "panels", "torch": "planes", "triton": "tiles"}
+KNOWN = [name for name in LAYOUTS if name != "panels" or native.available()]
+
+
+@pytest.fixture
+def implementation(kernels, request):
+    """A device, what convolves on it, and the layout that this reads."""
+    device = request.getfixturevalue("kernel_device") if kernels == "triton" else torch.device("cpu")
+    return device, pc._launch if kernels == "triton" else pc._forward_cpu, READS[kernels]
 
 
 def assert_equals_reference(implementation, x, packed, codebook, scale, bias, bits, kernel_size, *options):
-    _, forward, tiled = implementation
-    stored = tiles.tile(packed, bits, len(scale), kernel_size) if tiled else packed
-    actual = forward(x, stored, codebook, scale, bias, bits, kernel_size, *options, tiled)
+    _, forward, layout = implementation
+    stored = convert(packed, codebook, "planes", layout, bits, len(scale), kernel_size)
+    actual = forward(x, stored, codebook, scale, bias, bits, kernel_size, *options, layout)
     expected = pc.reference(x, packed, codebook, scale, bias, bits, kernel_size, *options)
     assert (actual.dtype, actual.device) == (x.dtype, x.device)
     torch.testing.assert_close(actual.double(), expected, **TOLERANCE[x.dtype])
@@ -102,7 +106,7 @@ def test_any_stride_padding_and_dilation(forward, data):
     if forward is pc._launch and device.type == "cpu" and not backend.INTERPRETED:
         pytest.skip("no GPU, and triton is missing or was imported without TRITON_INTERPRET=1")
     arguments = [each.to(device) if isinstance(each, torch.Tensor) else each for each in problem(data)]
-    assert_equals_reference((device, forward, data.draw(st.booleans())), *arguments)
+    assert_equals_reference((device, forward, data.draw(st.sampled_from(KNOWN))), *arguments)
 
 
 @settings(max_examples=20, deadline=None)
@@ -112,7 +116,7 @@ def test_the_cpu_equals_torch(data):
     decoded = scale[:, None] * codebook[packing.unpack(packed, bits, (len(scale), kernel_size)).long()]
     expected = torch.nn.functional.conv1d(x, decoded[:, None], bias, *options, groups=x.shape[1])
     assert expected.shape[2] == pc.output_length(x.shape[2], kernel_size, *options)
-    actual = pc.packed_depthwise_conv1d(x, packed, codebook, scale, bias, bits, kernel_size, *options, False)
+    actual = pc.packed_depthwise_conv1d(x, packed, codebook, scale, bias, bits, kernel_size, *options, "planes")
     torch.testing.assert_close(actual, expected)
 
 
@@ -120,15 +124,15 @@ def test_sums_stay_float32_under_autocast():
     x, (packed, codebook, scale) = torch.randn(2, 8, 20), weight(4, 8, 5)
     arguments = x, packed, codebook, scale, None, 4, 5, 1, 2, 1
     with torch.autocast("cpu", torch.bfloat16):
-        actual = pc.packed_depthwise_conv1d(*arguments, False)
+        actual = pc.packed_depthwise_conv1d(*arguments, "planes")
     torch.testing.assert_close(actual.double(), pc.reference(*arguments), **TOLERANCE[torch.float32])
 
 
 def test_empty_batch(implementation):
-    device, forward, tiled = implementation
+    device, forward, layout = implementation
     packed, *table = weight(3, 6, 3, device)
-    stored = tiles.tile(packed, 3, 6, 3) if tiled else packed
-    y = forward(torch.zeros(0, 6, 9, device=device), stored, *table, None, 3, 3, 2, 1, 1, tiled)
+    stored = convert(packed, table[0], "planes", layout, 3, 6, 3)
+    y = forward(torch.zeros(0, 6, 9, device=device), stored, *table, None, 3, 3, 2, 1, 1, layout)
     assert y.shape == (0, 6, 5)
 
 
@@ -143,25 +147,24 @@ def test_strided_input_and_expanded_scale(implementation):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_reaches_only_its_windows(implementation, bad):
-    device, forward, tiled = implementation
+    device, forward, layout = implementation
     x = torch.ones(1, 2, 10, device=device)
     x[0, 1, 5] = bad
     packed, *table = weight(8, 2, 3, device)
-    stored = tiles.tile(packed, 8, 2, 3) if tiled else packed
-    y = forward(x, stored, *table, None, 8, 3, 1, 1, 1, tiled)
+    stored = convert(packed, table[0], "planes", layout, 8, 2, 3)
+    y = forward(x, stored, *table, None, 8, 3, 1, 1, 1, layout)
     assert (~y.isfinite()).nonzero()[:, 1:].tolist() == [[1, 4], [1, 5], [1, 6]]
 
 
-@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("options", [(1, 2, 1), (2, 0, 2)])
-def test_gradients(device, options, tiled):
+def test_gradients(device, options, layout):
     packed, codebook, scale = weight(4, 12, 5, device)
-    stored = tiles.tile(packed, 4, 12, 5) if tiled else packed
+    stored = convert(packed, codebook, "planes", layout, 4, 12, 5)
     actual = [torch.randn(2, 6, 14, device=device), codebook, scale, torch.randn(12, device=device)]
     actual = [tensor.requires_grad_() for tensor in actual]
     exact = [tensor.detach().double().requires_grad_() for tensor in actual]
     expected = pc.reference(exact[0], packed, *exact[1:], 4, 5, *options)
-    y = pc.packed_depthwise_conv1d(actual[0], stored, *actual[1:], 4, 5, *options, tiled)
+    y = pc.packed_depthwise_conv1d(actual[0], stored, *actual[1:], 4, 5, *options, layout)
     grad = torch.randn_like(expected)
     expected.backward(grad)
     y.backward(grad.float())
@@ -173,7 +176,7 @@ def test_gradients(device, options, tiled):
 def test_each_gradient_alone(wanted):
     packed, codebook, scale = weight(2, 6, 3)
     tensors = [torch.randn(2, 3, 7), codebook, scale, torch.randn(6)]
-    options = 2, 3, 1, 0, 1, False
+    options = 2, 3, 1, 0, 1, "planes"
 
     def gradients(indices):
         chosen = [tensor.clone().requires_grad_(index in indices) for index, tensor in enumerate(tensors)]
@@ -183,15 +186,14 @@ def test_each_gradient_alone(wanted):
     assert torch.equal(gradients([wanted])[0], gradients(range(4))[wanted])
 
 
-@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operator_registration(device, tiled, channels_last, dtype):
+def test_operator_registration(device, layout, channels_last, dtype):
     x = torch.randn(2, 6, 11, device=device).to(dtype)
     if channels_last:
         x = x.movedim(1, 2).contiguous().movedim(2, 1)
     packed, *table = weight(5, 6, 3, device)
-    stored = tiles.tile(packed, 5, 6, 3) if tiled else packed
+    stored = convert(packed, table[0], "planes", layout, 5, 6, 3)
     bias = torch.randn(6, device=device, requires_grad=True)
-    arguments = x.requires_grad_(), stored, *table, bias, 5, 3, 2, 1, 1, tiled
+    arguments = x.requires_grad_(), stored, *table, bias, 5, 3, 2, 1, 1, layout
     torch.library.opcheck(pc.packed_depthwise_conv1d, arguments, atol=1e-3, rtol=1e-2)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from gq_triton.kernels import packed_embedding as pe
-from gq_triton.kernels import packing, tiles
+from gq_triton.kernels import packing
+from gq_triton.kernels.layouts import convert
 
 CODEBOOKS = {
     "float": lambda levels: torch.linspace(-1, 1, levels),
@@ -19,12 +20,20 @@ def problem(bits, rows, columns, device="cpu", codebook="float"):
     return [tensor.to(device) for tensor in tensors]
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def implementation(request):
-    """A device, what looks up on it, and whether that reads tiles."""
-    if request.param == "cpu":
-        return torch.device("cpu"), pe._forward_cpu, False
-    return request.getfixturevalue("kernel_device"), pe._launch, True
+READS = {"native": "panels", "torch": "planes", "triton": "tiles"}
+
+
+@pytest.fixture
+def implementation(kernels, request):
+    """A device, what looks up on it, and the layout that this reads."""
+    device = request.getfixturevalue("kernel_device") if kernels == "triton" else torch.device("cpu")
+    return device, pe._launch if kernels == "triton" else pe._forward_cpu, READS[kernels]
+
+
+def stored(problem, layout, bits, rows, columns, groups=1):
+    """The problem with its codes in that layout."""
+    packed, codebook, scale = problem
+    return convert(packed, codebook, "planes", layout, bits, rows, columns, groups), codebook, scale
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -32,46 +41,41 @@ def implementation(request):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (21, 13), (3, 1100)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_equals_the_reference(implementation, bits, rows, columns, dtype):
-    device, forward, tiled = implementation
-    packed, *table = problem(bits, rows, columns, device)
-    stored = tiles.tile(packed, bits, rows, columns) if tiled else packed
+    device, forward, layout = implementation
+    table = problem(bits, rows, columns, device)
     indices = torch.randint(0, rows, (2, 3), device=device).to(dtype)
-    actual = forward(indices, stored, *table, bits, columns, tiled, 1)
+    actual = forward(indices, *stored(table, layout, bits, rows, columns), bits, columns, layout, 1)
     assert actual.shape == (2, 3, columns)
-    assert torch.equal(actual, pe.reference(indices, packed, *table, bits, columns))
+    assert torch.equal(actual, pe.reference(indices, *table, bits, columns))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("codebook", ["int8", "fp8"])
 def test_stored_codebooks(implementation, bits, codebook):
-    device, forward, tiled = implementation
-    packed, *table = problem(bits, 3, 900, device, codebook)
-    stored = tiles.tile(packed, bits, 3, 900) if tiled else packed
+    device, forward, layout = implementation
+    table = problem(bits, 3, 900, device, codebook)
     indices = torch.arange(3, device=device)
-    actual = forward(indices, stored, *table, bits, 900, tiled, 1)
-    assert torch.equal(actual, pe.reference(indices, packed, *table, bits, 900))
+    actual = forward(indices, *stored(table, layout, bits, 3, 900), bits, 900, layout, 1)
+    assert torch.equal(actual, pe.reference(indices, *table, bits, 900))
 
 
 @pytest.mark.parametrize("groups", [1, 3, 4])
-@pytest.mark.parametrize("tiled", [False, True])
-def test_either_layout_of_any_groups(implementation, tiled, groups):
+def test_any_layout_of_any_groups(implementation, layout, groups):
     device, forward, _ = implementation
-    packed, *table = problem(5, 60, 7, device)
+    table = problem(5, 60, 7, device)
     indices = torch.arange(60, device=device)
-    stored = tiles.tile(packed, 5, 60, 7, groups) if tiled else packed
-    actual = forward(indices, stored, *table, 5, 7, tiled, groups)
-    assert torch.equal(actual, pe.reference(indices, packed, *table, 5, 7))
+    actual = forward(indices, *stored(table, layout, 5, 60, 7, groups), 5, 7, layout, groups)
+    assert torch.equal(actual, pe.reference(indices, *table, 5, 7))
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_any_stride(implementation, tiled):
+def test_any_stride(implementation, layout):
     device, forward, _ = implementation
     packed, codebook, _ = problem(4, 6, 5, device)
-    stored = tiles.tile(packed, 4, 6, 5) if tiled else packed
+    codes = convert(packed, codebook, "planes", layout, 4, 6, 5)
     scale, indices = torch.full((1,), 0.5, device=device).expand(6), torch.tensor([[0, 5], [2, 3]], device=device).t()
     codebook = torch.stack([codebook, codebook], 1)[:, 1]
     assert torch.equal(
-        forward(indices, stored, codebook, scale, 4, 5, tiled, 1),
+        forward(indices, codes, codebook, scale, 4, 5, layout, 1),
         pe.reference(indices, packed, codebook, scale, 4, 5),
     )
 
@@ -80,7 +84,7 @@ def test_a_subnormal_scale_counts_as_zero(implementation):
     device, forward, _ = implementation
     packed, codebook, _ = problem(4, 2, 5, device)
     scale = torch.tensor([1e-40, 1.0], device=device)
-    rows = forward(torch.arange(2, device=device), packed, codebook, scale, 4, 5, False, 1)
+    rows = forward(torch.arange(2, device=device), packed, codebook, scale, 4, 5, "planes", 1)
     assert not rows[0].any()
     assert rows[1].all()
 
@@ -89,7 +93,7 @@ def test_a_subnormal_scale_counts_as_zero(implementation):
 def test_empty_and_single(implementation, shape):
     device, forward, _ = implementation
     indices = torch.zeros(shape, dtype=torch.int64, device=device)
-    assert forward(indices, *problem(3, 4, 5, device), 3, 5, False, 1).shape == (*shape, 5)
+    assert forward(indices, *problem(3, 4, 5, device), 3, 5, "planes", 1).shape == (*shape, 5)
 
 
 @pytest.mark.parametrize("bad", [-1, 4])
@@ -98,24 +102,21 @@ def test_index_out_of_range(implementation, bad):
     indices, table = torch.tensor([0, bad, 3], device=device), problem(3, 4, 5, device)
     if forward is pe._forward_cpu:
         with pytest.raises(IndexError, match=rf"indices must lie in \[0, 4\).*{bad}"):
-            forward(indices, *table, 3, 5, False, 1)
+            forward(indices, *table, 3, 5, "planes", 1)
     else:
-        out = forward(indices, *table, 3, 5, False, 1)
+        out = forward(indices, *table, 3, 5, "planes", 1)
         assert out[1].isnan().all()
         assert out[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_operator_registration(device, tiled):
+def test_operator_registration(device, layout):
     indices = torch.tensor([[1, 2], [0, 3]], device=device).t()
-    packed, *table = problem(5, 4, 6, device)
-    stored = tiles.tile(packed, 5, 4, 6) if tiled else packed
-    torch.library.opcheck(pe.packed_embedding, (indices, stored, *table, 5, 6, tiled, 1))
+    table = stored(problem(5, 4, 6, device), layout, 5, 4, 6)
+    torch.library.opcheck(pe.packed_embedding, (indices, *table, 5, 6, layout, 1))
 
 
 def test_rows_are_float32_whatever_the_default_dtype(implementation, set_default_dtype):
-    device, forward, tiled = implementation
-    packed, *table = problem(4, 5, 7, device)
-    stored = tiles.tile(packed, 4, 5, 7) if tiled else packed
+    device, forward, layout = implementation
+    table = stored(problem(4, 5, 7, device), layout, 4, 5, 7)
     set_default_dtype(torch.float16)
-    assert forward(torch.arange(5, device=device), stored, *table, 4, 7, tiled, 1).dtype == torch.float32
+    assert forward(torch.arange(5, device=device), *table, 4, 7, layout, 1).dtype == torch.float32

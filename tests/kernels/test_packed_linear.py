@@ -1,4 +1,4 @@
-"""The packed linear operator: its CPU code and, in the interpreter or on a GPU, its Triton kernels."""
+"""The packed linear operator: by native kernels, by torch on the CPU and, in the interpreter or on a GPU, by Triton."""
 
 import itertools
 from typing import NamedTuple
@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gq_triton.kernels import activations as token_quantizer
+from gq_triton.kernels import native, packing, tiles
 from gq_triton.kernels import packed_linear as pl
-from gq_triton.kernels import packing, tiles
+from gq_triton.kernels.layouts import LAYOUTS, convert
 from gq_triton.kernels.packed_linear_triton import Plan, candidates, launch, multiplies_bytes, plan
 
 # Largest error allowed, as a part of 1 + the largest output.
@@ -20,6 +22,7 @@ ACTIVATIONS = ("none", "int8", "fp8")
 SHAPES = [(1, 1, 1), (3, 20, 70), (66, 5, 129)]
 LONG = [(20, 37, 129), (65, 33, 64), (1, 256, 300), (130, 40, 17)]
 CASES = [pytest.param(*case) for case in SHAPES] + [pytest.param(*case, marks=pytest.mark.full) for case in LONG]
+KNOWN = [name for name in LAYOUTS if name != "panels" or native.available()]
 WIDTHS = [pytest.param(bits, marks=() if bits in (1, 4, 7) else pytest.mark.full) for bits in range(1, 9)]
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)]
 
@@ -49,8 +52,16 @@ def close(actual, expected, dtype, tolerance=0.0):
     assert ((actual.double() - expected).abs() <= bound).all()
 
 
+def stored(inputs, layout, bits):
+    """The problem with its codes in that layout."""
+    shape = bits, inputs.scale.numel(), inputs.x.shape[-1]
+    return inputs._replace(packed=convert(inputs.packed, inputs.codebook, "planes", layout, *shape))
+
+
 def _cpu(x, packed, codebook, scale, bias, bits, epilogue="none", activations="none"):
-    return pl._forward_cpu(x, packed, codebook, scale, bias, bits, epilogue, activations, False)
+    layout = "panels" if native.available() else "planes"
+    inputs = stored(Problem(x, packed, codebook, scale, bias), layout, bits)
+    return pl._forward_cpu(*inputs, bits, epilogue, activations, layout)
 
 
 def _triton(x, packed, codebook, scale, bias, bits, epilogue="none", activations="none", chosen=None):
@@ -58,11 +69,11 @@ def _triton(x, packed, codebook, scale, bias, bits, epilogue="none", activations
     return launch(x, tiled, codebook, scale, bias, bits, epilogue, activations, chosen)
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def implementation(request):
-    if request.param == "cpu":
-        return torch.device("cpu"), _cpu
-    return request.getfixturevalue("kernel_device"), _triton
+@pytest.fixture
+def implementation(kernels, request):
+    if kernels == "triton":
+        return request.getfixturevalue("kernel_device"), _triton
+    return torch.device("cpu"), _cpu
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -120,11 +131,10 @@ def test_every_combination(implementation, bits, dtype, codebook, activations, e
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 8), st.integers(0, 20), st.integers(0, 40), st.integers(0, 300), st.sampled_from(CODEBOOKS))
-def test_any_shape_in_either_layout(bits, m, n, k, codebook):
+def test_any_shape_in_any_layout(bits, m, n, k, codebook):
     inputs = problem(bits, m, n, k, codebook=codebook)
-    tiled = inputs._replace(packed=tiles.tile(inputs.packed, bits, n, k))
-    actual = pl.packed_linear(*inputs, bits, "none", "none", False)
-    assert torch.equal(actual, pl.packed_linear(*tiled, bits, "none", "none", True))
+    actual, *others = (pl.packed_linear(*stored(inputs, name, bits), bits, "none", "none", name) for name in KNOWN)
+    assert all(torch.equal(actual, other) for other in others)
     close(actual, pl.reference(*inputs, bits), torch.float32)
 
 
@@ -199,30 +209,65 @@ def test_a_unit_vector_reads_the_weight_bit_for_bit(bits, codebook):
     inputs = problem(bits, 1, 9, 33, codebook=codebook)._replace(x=torch.eye(33), bias=None)
     codes = packing.unpack(inputs.packed, bits, (9, 33)).long()
     decoded = inputs.scale[:, None] * pl.stored_values(inputs.codebook)[codes]
-    assert torch.equal(_cpu(*inputs, bits).t(), decoded)
+    read = _cpu(*inputs, bits).t()
+    if codebook == torch.int8 and native.available():  # which multiplies by scale / 127
+        torch.testing.assert_close(read, decoded, rtol=2.5e-7, atol=0)
+    else:
+        assert torch.equal(read, decoded)
 
 
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_blocks_of_rows_do_not_change_the_result(monkeypatch, chunk):
     inputs = problem(5, 4, 9, 33)
     leaves = [inputs.x, inputs.codebook, inputs.scale, inputs.bias]
+    monkeypatch.setattr(native, "available", lambda: False)
     whole = [_cpu(*inputs, 5), *gradients(inputs, leaves, 5, "none")]
     monkeypatch.setitem(pl.CHUNK, "cpu", chunk)
     for actual, expected in zip([_cpu(*inputs, 5), *gradients(inputs, leaves, 5, "none")], whole, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not native.available(), reason="no native library")
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_are_summed_exactly(bits, biased):
+    inputs = problem(bits, 9, 35, 300, codebook=torch.int8)
+    inputs = inputs if biased else inputs._replace(bias=None)
+    q, token_scale = token_quantizer.quantize_tokens(inputs.x, "int8")
+    weight = inputs.codebook[packing.unpack(inputs.packed, bits, (35, 300)).int()]
+    sums = (q.double() @ weight.double().t()).float()  # of integers, each exact
+    expected = sums * (token_scale[:, None] * (inputs.scale / 127))
+    assert torch.equal(_cpu(*inputs, bits, "none", "int8"), expected + inputs.bias if biased else expected)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library")
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.integers(1, 100),
+    st.sampled_from(CODEBOOKS),
+    st.sampled_from(ACTIVATIONS),
+    st.data(),
+)
+def test_a_token_does_not_depend_on_its_neighbours(bits, n, k, codebook, activations, data):
+    inputs = problem(bits, 33, n, k, codebook=codebook)
+    first = data.draw(st.integers(0, 32))
+    part = slice(first, data.draw(st.integers(first + 1, 33)))
+    alone = _cpu(*inputs._replace(x=inputs.x[part]), bits, "none", activations)
+    assert torch.equal(alone, _cpu(*inputs, bits, "none", activations)[part])
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def gradients(inputs, leaves, bits, epilogue, activations="none", function=None, tiled=False):
+def gradients(inputs, leaves, bits, epilogue, activations="none", function=None, layout="planes"):
     """The gradients of a fixed weighting of the output in ``leaves``, which are among ``inputs``."""
     for leaf in leaves:
         leaf.requires_grad_()
     out = function(*inputs, bits, epilogue, activations) if function else None
     if out is None:
-        packed = tiles.tile(inputs.packed, bits, inputs.scale.numel(), inputs.x.shape[-1]) if tiled else inputs.packed
-        out = pl.packed_linear(*inputs._replace(packed=packed), bits, epilogue, activations, tiled)
+        out = pl.packed_linear(*stored(inputs, layout, bits), bits, epilogue, activations, layout)
     weighting = torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape)
     found = torch.autograd.grad((out.double() * weighting).sum(), leaves)
     for leaf in leaves:
@@ -230,8 +275,8 @@ def gradients(inputs, leaves, bits, epilogue, activations="none", function=None,
     return found
 
 
-def compare_gradients(inputs, leaves, bits, epilogue, activations="none", tiled=False):
-    actual = gradients(inputs, leaves, bits, epilogue, activations, tiled=tiled)
+def compare_gradients(inputs, leaves, bits, epilogue, activations="none", layout="planes"):
+    actual = gradients(inputs, leaves, bits, epilogue, activations, layout=layout)
     expected = gradients(inputs, leaves, bits, epilogue, activations, pl.reference)
     for leaf, mine, theirs in zip(leaves, actual, expected, strict=True):
         assert (mine.dtype, mine.shape) == (leaf.dtype, leaf.shape)
@@ -244,9 +289,9 @@ def compare_gradients(inputs, leaves, bits, epilogue, activations="none", tiled=
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_gradients(bits, epilogue, activations, device):
     inputs = problem(bits, 6, 20, 30, device=device)
-    compare_gradients(
-        inputs, [inputs.x, inputs.codebook, inputs.scale, inputs.bias], bits, epilogue, activations, tiled=True
-    )
+    leaves = [inputs.x, inputs.codebook, inputs.scale, inputs.bias]
+    for layout in KNOWN:
+        compare_gradients(inputs, leaves, bits, epilogue, activations, layout)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -290,7 +335,7 @@ def test_gradients_without_a_bias_and_with_one_scale(device):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-FUNCTIONS = ((pl.packed_linear, False), (pl.reference,))
+FUNCTIONS = ((pl.packed_linear, "planes"), (pl.reference,))
 
 
 def test_gradients_are_the_same_each_time(device):
@@ -303,7 +348,7 @@ def test_gradients_are_the_same_each_time(device):
 def test_second_derivatives_are_refused(device):
     inputs = problem(2, 3, 4, 5, device=device)
     x = inputs.x.requires_grad_()
-    out = pl.packed_linear(*inputs, 2, "silu", "none", False)
+    out = pl.packed_linear(*inputs, 2, "silu", "none", "planes")
     (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="packed_linear_backward"):
         dx.sum().backward()
@@ -314,34 +359,28 @@ def test_second_derivatives_are_refused(device):
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("epilogue", ["none", "gelu", "glu"])
-def test_operator_registration(epilogue, activations, device):
-    inputs = problem(3, 4, 6, 5, device=device)
+def test_operator_registration(epilogue, activations, layout, device):
+    inputs = stored(problem(3, 4, 6, 5, device=device), layout, 3)
     for arguments in (inputs, inputs._replace(x=inputs.x.t().contiguous().t(), bias=None)):
-        torch.library.opcheck(pl.packed_linear, (*arguments, 3, epilogue, activations, False))
+        torch.library.opcheck(pl.packed_linear, (*arguments, 3, epilogue, activations, layout))
     leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in LEAVES}
-    torch.library.opcheck(pl.packed_linear, (*inputs._replace(**leaves), 3, epilogue, activations, False))
+    torch.library.opcheck(pl.packed_linear, (*inputs._replace(**leaves), 3, epilogue, activations, layout))
 
 
 @pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True]])
-def test_gradient_registration(wanted, device):
-    inputs = problem(3, 4, 6, 5, device=device)
+def test_gradient_registration(wanted, layout, device):
+    inputs = stored(problem(3, 4, 6, 5, device=device), layout, 3)
     grad = torch.randn(4, 6, device=device)
     for arguments in (inputs, inputs._replace(x=inputs.x.t().contiguous().t())):
-        torch.library.opcheck(pl.packed_linear_backward, (grad, *arguments, 3, "relu", "none", False, wanted))
+        torch.library.opcheck(pl.packed_linear_backward, (grad, *arguments, 3, "relu", "none", layout, wanted))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "activations", "device", "expected"),
-    [
-        (1, "none", "cpu", True),
-        (4096, "int8", "cpu", True),
-        (1, "none", "cuda", False),
-        (4096, "none", "cuda", True),
-        (4096, "int8", "cuda", False),
-    ],
+    ("tokens", "activations", "expected"), [(1, "none", False), (4096, "none", True), (4096, "int8", False)]
 )
-def test_where_a_dense_copy_is_preferred(tokens, activations, device, expected):
-    assert pl.prefers_dense(tokens, activations, torch.device(device)) is expected
+def test_where_a_dense_copy_is_preferred(tokens, activations, expected, cpu_kernels):
+    assert pl.prefers_dense(tokens, activations, torch.device("cuda")) is expected
+    assert pl.prefers_dense(tokens, activations, torch.device("cpu")) is (expected or not cpu_kernels)
 
 
 @pytest.mark.parametrize(

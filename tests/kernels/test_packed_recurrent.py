@@ -4,10 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gq_triton.kernels import packed_recurrent as pr
-from gq_triton.kernels import packing, tiles
+from gq_triton.kernels import packing
+from gq_triton.kernels.layouts import convert
 
 KINDS = {"lstm": (2, 0), "projected lstm": (2, 3), "gru": (1, 0)}  # states, outputs of the projection
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+READS = {"native": "panels", "torch": "planes", "triton": "tiles"}
+QUANTIZED = [["int8", "int8", "int8"], ["fp8", "fp8", "fp8"], ["none", "int8", "none"], ["int8", "none", "fp8"]]
 ENTRIES = {torch.float32: 1.0, torch.int8: 127.0, torch.float8_e4m3fn: 256.0}
 LENGTHS = [3, 3, 1]
 
@@ -24,6 +27,7 @@ def problem(
     codebook=torch.float32,
     lengths=None,
     bias=True,
+    activations=("none", "none", "none"),
 ):
     """Arguments of `packed_recurrent` up to `biases`; with ``lengths``, of sequences that are so long."""
     count, projection = KINDS[kind]
@@ -35,7 +39,8 @@ def problem(
     weights = [part for shape, width in zip(shapes, bits, strict=False) for part in weight(*shape[:2], width, codebook)]
     biases = [torch.randn(shapes[0][0]) for _ in range(2 if bias else 0)]
     states, biases = ([tensor.to(dtype) for tensor in part] for part in (states, biases))
-    return [x.to(dtype), batch_sizes, states, weights, list(bits[: len(shapes)]), biases]
+    count = len(shapes)
+    return [x.to(dtype), batch_sizes, states, weights, list(bits[:count]), list(activations[:count]), biases]
 
 
 def weight(rows, columns, bits, codebook):
@@ -46,26 +51,27 @@ def weight(rows, columns, bits, codebook):
     return [packing.pack(codes, bits), entries.to(codebook), torch.rand(rows) / columns**0.5 + 0.1]
 
 
-def tiled(arguments):
-    """The same problem with tiled codes."""
-    x, batch_sizes, states, weights, bits, biases = arguments
+def stored(arguments, layout):
+    """The same problem with its codes in that layout."""
+    x, batch_sizes, states, weights, bits, activations, biases = arguments
     weights = list(weights)
     for index, (shape, width) in enumerate(zip(pr.weight_shapes(x.shape[-1], states), bits, strict=False)):
-        weights[3 * index] = tiles.tile(weights[3 * index], width, *shape)
-    return [x, batch_sizes, states, weights, bits, biases]
+        codes, codebook, _ = weights[3 * index : 3 * index + 3]
+        weights[3 * index] = convert(codes, codebook, "planes", layout, width, *shape)
+    return [x, batch_sizes, states, weights, bits, activations, biases]
 
 
 def on(device, arguments):
     """The arguments there, but for `batch_sizes`, which stay."""
-    x, batch_sizes, states, weights, bits, biases = arguments
+    x, batch_sizes, states, weights, bits, activations, biases = arguments
     moved = [[tensor.to(device) for tensor in part] for part in (states, weights, biases)]
-    return [x.to(device), batch_sizes, moved[0], moved[1], bits, moved[2]]
+    return [x.to(device), batch_sizes, moved[0], moved[1], bits, activations, moved[2]]
 
 
 def expected(arguments, reverse=False):
-    x, batch_sizes, states, weights, bits, biases = arguments
-    decoded = pr.decode_weights(x, states, weights, bits, tiled=False)
-    return pr.reference(x, batch_sizes, states, decoded, biases, reverse)
+    x, batch_sizes, states, weights, bits, activations, biases = arguments
+    decoded = pr.decode_weights(x, states, weights, bits, "planes")
+    return pr.reference(x, batch_sizes, states, decoded, biases, reverse, activations)
 
 
 def check(actual, wanted, dtype=torch.float32):
@@ -74,13 +80,12 @@ def check(actual, wanted, dtype=torch.float32):
         torch.testing.assert_close(result.double().cpu(), truth, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def implementation(request):
+@pytest.fixture
+def implementation(kernels, request):
     """Runs the operator's arguments in the layout that the implementation wants."""
-    if request.param == "cpu":
-        return lambda arguments, reverse=False: pr._forward_cpu(*arguments, reverse, False)
-    device = request.getfixturevalue("kernel_device")
-    return lambda arguments, reverse=False: pr._launch(*on(device, tiled(arguments)), reverse, True)
+    device = request.getfixturevalue("kernel_device") if kernels == "triton" else torch.device("cpu")
+    run, layout = pr._launch if kernels == "triton" else pr._forward_cpu, READS[kernels]
+    return lambda arguments, reverse=False: run(*on(device, stored(arguments, layout)), reverse, layout)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -142,11 +147,11 @@ def test_without_biases(implementation, kind, steps):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_stride_one_scale_and_wide_biases(implementation, kind):
-    x, batch_sizes, states, weights, bits, biases = problem(kind, dtype=torch.float16)
+    x, batch_sizes, states, weights, bits, activations, biases = problem(kind, dtype=torch.float16)
     x = x.transpose(0, 1).contiguous().transpose(0, 1)
     states = [state.t().contiguous().t() for state in states]
     weights[2::3] = [scale[:1] for scale in weights[2::3]]
-    arguments = [x, batch_sizes, states, weights, bits, [bias.float() for bias in biases]]
+    arguments = [x, batch_sizes, states, weights, bits, activations, [bias.float() for bias in biases]]
     check(implementation(arguments), expected(arguments), torch.float16)
 
 
@@ -158,9 +163,46 @@ def test_the_cell_is_kept_in_float32_on_a_gpu(kernel_device):
     weights = [*weight(4 * hidden, 2, 1, torch.float32), *weight(4 * hidden, hidden, 1, torch.float32)]
     for scale in weights[2::3]:
         scale.zero_()
-    arguments = [torch.zeros(steps, 1, 2).half(), None, states, weights, [1, 1], [bias, torch.zeros_like(bias)]]
-    *_, c = pr._launch(*on(kernel_device, tiled(arguments)), False, True)
+    biases, activations = [bias, torch.zeros_like(bias)], ["none", "none"]
+    arguments = [torch.zeros(steps, 1, 2).half(), None, states, weights, [1, 1], activations, biases]
+    *_, c = pr._launch(*on(kernel_device, stored(arguments, "tiles")), False, "tiles")
     torch.testing.assert_close(c.double().cpu(), expected(arguments)[2], atol=1e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("activations", QUANTIZED)
+@pytest.mark.parametrize("codebook", [torch.float32, torch.int8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(implementation, kind, codebook, activations, lengths):
+    arguments = problem(kind, codebook=codebook, activations=activations, lengths=lengths)
+    check(implementation(arguments, True), expected(arguments, True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_16_bits_with_quantized_activations(implementation, kind):
+    arguments = problem(kind, dtype=torch.bfloat16, activations=QUANTIZED[0], codebook=torch.int8, steps=1)
+    check(implementation(arguments), expected(arguments), torch.bfloat16)
+
+
+def test_what_a_gru_keeps_is_not_quantized(implementation):
+    arguments = problem("gru", activations=QUANTIZED[0])
+    arguments[-1][0][7:14] = 200.0  # Z = 1
+    h = arguments[2][0]
+    for result in implementation(arguments):
+        assert torch.equal(result.cpu(), h.expand_as(result))
+
+
+@pytest.mark.parametrize("activations", QUANTIZED)
+def test_sequences_may_be_cut_anywhere(implementation, activations):
+    """A call for each step gives what one for all gives: h is quantized at every step, not once."""
+    x, batch_sizes, states, *rest = problem("projected lstm", activations=activations, steps=4, batch=2)
+    whole = implementation([x, batch_sizes, states, *rest])
+    outputs = []
+    for step in x:
+        output, *states = implementation([step[None], batch_sizes, states, *rest])
+        outputs.append(output)
+    torch.testing.assert_close([torch.cat(outputs), *states], whole, atol=1e-5, rtol=1e-5)
 
 
 def test_results_repeat_to_the_bit(implementation):
@@ -186,10 +228,10 @@ def test_an_empty_batch(implementation):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_either_layout_runs_anywhere(kind, kernel_device):
+def test_any_layout_runs_anywhere(kind, layout, kernel_device):
     arguments = problem(kind, batch=2)
-    check(pr._forward_cpu(*tiled(arguments), False, True), expected(arguments))
-    check(pr._launch(*on(kernel_device, arguments), False, False), expected(arguments))
+    check(pr._forward_cpu(*stored(arguments, layout), False, layout), expected(arguments))
+    check(pr._launch(*on(kernel_device, stored(arguments, layout)), False, layout), expected(arguments))
 
 
 @given(
@@ -214,13 +256,14 @@ def test_segments_take_every_row_once_and_continue_where_its_sequence_was(length
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("activations", [["none"] * 3, ["int8"] * 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_reference(kind, reverse, lengths, device):
-    x, _, states, weights, _, biases = arguments = problem(kind, lengths=lengths)
+def test_gradients_are_those_of_the_reference(kind, activations, reverse, lengths, device):
+    x, _, states, weights, _, _, biases = arguments = problem(kind, lengths=lengths, activations=activations)
     leaves = [x, *states, *biases, *weights[1::3], *weights[2::3]]
     for leaf in leaves:
         leaf.requires_grad_()
-    outputs = pr.packed_recurrent(*on(device, arguments), reverse, False)
+    outputs = pr.packed_recurrent(*on(device, arguments), reverse, "planes")
     factors = [torch.randn(output.shape) for output in outputs]
     losses = [
         sum((result.cpu() * factor).sum() for result, factor in zip(results, factors, strict=True))
@@ -232,31 +275,32 @@ def test_gradients_are_those_of_the_reference(kind, reverse, lengths, device):
 
 def test_gradients_only_where_they_are_asked_for(device):
     x, *rest = on(device, problem("gru"))
-    output, _ = pr.packed_recurrent(x.requires_grad_(), *rest, False, False)
+    output, _ = pr.packed_recurrent(x.requires_grad_(), *rest, False, "planes")
     output.sum().backward()
     assert x.grad.abs().sum() > 0
-    assert all(tensor.grad is None for tensor in (*rest[1], *rest[2], *rest[4]))
+    assert all(tensor.grad is None for tensor in (*rest[1], *rest[2], *rest[5]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_operator_registration(kind, device):
-    arguments = on(device, problem(kind, lengths=LENGTHS))
-    torch.library.opcheck(pr.packed_recurrent, (*arguments, True, False))
-    arguments = on(device, tiled(problem(kind, bias=False)))
+def test_operator_registration(kind, layout, device):
+    arguments = on(device, stored(problem(kind, lengths=LENGTHS), layout))
+    torch.library.opcheck(pr.packed_recurrent, (*arguments, True, layout))
+    arguments = on(device, stored(problem(kind, bias=False, activations=["int8"] * 3), layout))
     arguments[0].requires_grad_()
-    torch.library.opcheck(pr.packed_recurrent, (*arguments, False, True))
+    torch.library.opcheck(pr.packed_recurrent, (*arguments, False, layout))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuda_graphs_capture_a_call(kind, lengths):
-    arguments = on("cuda", tiled(problem(kind, lengths=lengths)))
+@pytest.mark.parametrize("activations", [["none"] * 3, ["int8"] * 3])
+def test_cuda_graphs_capture_a_call(activations, kind, lengths):
+    arguments = on("cuda", stored(problem(kind, lengths=lengths, activations=activations), "tiles"))
     x = arguments[0]
-    pr.packed_recurrent(*arguments, False, True)  # compiles
+    pr.packed_recurrent(*arguments, False, "tiles")  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = pr.packed_recurrent(*arguments, False, True)
+        captured = pr.packed_recurrent(*arguments, False, "tiles")
     x.copy_(torch.randn_like(x))
     graph.replay()
-    torch.testing.assert_close(captured, pr.packed_recurrent(*arguments, False, True), atol=0, rtol=0)
+    torch.testing.assert_close(captured, pr.packed_recurrent(*arguments, False, "tiles"), atol=0, rtol=0)

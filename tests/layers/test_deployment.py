@@ -52,9 +52,10 @@ def test_packed_layers_equal_prepared_ones(kind, bits, codebook, activations, de
     for name, weight in expected.items():
         assert torch.equal(actual[name], weight), name
     with torch.no_grad():
-        # A quantized activation may round the other way where the sums before it were taken in another order.
-        step = 0.0 if activations is None else 1e-2
-        same(output(packed, inputs), output(prepared, inputs), atol=2e-6 + step * (kind == "MultiheadAttention"))
+        # A quantized activation may round the other way where the sums before it were taken in another order; training
+        # does not see that hidden states are quantized.
+        steps = {"MultiheadAttention": 1e-2, "LSTM": 4e-2, "GRU": 4e-2} if activations else {}
+        same(output(packed, inputs), output(prepared, inputs), atol=2e-6 + steps.get(kind, 0.0))
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gq_triton as gq
 from gq_triton import functional as F
+from gq_triton.kernels.packed_recurrent import reference
 
 SURFACE = [
     dict(zip(("num_layers", "bidirectional", "batch_first", "bias"), values, strict=True))
@@ -89,13 +90,37 @@ def test_dropout_between_layers_in_training_only(kind):
 
 @pytest.mark.parametrize("packed_sequence", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_activations_are_quantized_at_the_first_layers_input(kind, packed_sequence):
+def test_training_quantizes_activations_at_the_first_layers_input(kind, packed_sequence):
     prepared, twin = prepare(kind(5, 7, 2), activations="int8")
     x = torch.randn(6, 3, 5)
     wrap = (lambda x: pack_padded_sequence(x, [6, 5, 2])) if packed_sequence else lambda x: x
-    expected = twin(wrap(F.quantize_activations(x, "int8")))[1]
-    for model in (prepared, convert(prepared)):
-        same(model(wrap(x))[1], expected)
+    same(prepared(wrap(x))[1], twin(wrap(F.quantize_activations(x, "int8")))[1])
+
+
+@pytest.mark.parametrize("left_float", [None, "weight_ih_l1", "weight_hh_l0_reverse"])
+@pytest.mark.parametrize(
+    ("kind", "options"), [(nn.LSTM, {"proj_size": 4}), (nn.LSTM, {"bidirectional": True}), (nn.GRU, {})]
+)
+def test_packed_layers_quantize_what_each_packed_weight_multiplies(kind, options, left_float):
+    config = {left_float: None} if left_float else {}
+    prepared, twin = prepare(kind(5, 7, 2, **options), {**config, "*": gq.GQConfig(bits=4, activations="int8")})
+    packed, x, first = convert(prepared), torch.randn(6, 3, 5), states(prepared)
+    output, final = packed(x, first)
+    expected, finals = x, []
+    for layer in range(2):
+        outputs = []
+        for end in ("", "_reverse")[: 2 if twin.bidirectional else 1]:
+            h = [state[len(finals)] for state in (first if kind is nn.LSTM else [first])]
+            names = [f"weight_{name}_l{layer}{end}" for name in ("ih", "hh", "hr")[: 3 if twin.proj_size else 2]]
+            biases = [getattr(twin, f"bias_{name}_l{layer}{end}") for name in ("ih", "hh")]
+            kinds = ["int8" if f"{name}_packed" in packed._modules else "none" for name in names]
+            weights = [getattr(twin, name) for name in names]
+            out, *last = reference(expected, None, h, weights, biases, bool(end), kinds)
+            outputs.append(out)
+            finals.append(last)
+        expected = torch.cat(outputs, -1).float()
+    same(output, expected, atol=1e-5)
+    same(final[0] if kind is nn.LSTM else final, torch.stack([last[0] for last in finals]).float(), atol=1e-5)
 
 
 def test_weights_may_differ_in_configuration_or_stay_float():
