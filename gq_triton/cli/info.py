@@ -14,13 +14,13 @@ import torch
 from tqdm import tqdm
 
 import gq_triton
-from gq_triton.kernels import budgets
+from gq_triton.kernels import budgets, native
 from gq_triton.kernels.parts import LATENCY, PARTS
 from gq_triton.training.distributed import training_device
 
 from .output import emit, json_option, table
 
-__all__ = ["commit", "device_name", "info", "versions"]
+__all__ = ["commit", "cpu_kernels", "device_name", "info", "versions"]
 
 PACKAGES = (
     "triton",
@@ -72,15 +72,20 @@ def info(
     names: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Versions, the device that commands use, and optional packages; or the kernels and what they cost."""
+    """Versions, the device that commands use, its native CPU kernels, and optional packages; or GPU kernels and what they
+    cost."""
     if kernels:
         rows = _measure_kernels(bits or (4,), dtypes or ("bf16",), parts or tuple(PARTS), names or ("*",))
         emit(rows, f"{table(HEADER, [_kernel_cells(row) for row in rows])}\n\n{LEGEND}", as_json)
         return
     if bits or dtypes or parts or names:
         raise click.UsageError("--bits, --dtypes, --parts and --names go with --kernels")
-    result = {"device": device_name(), "versions": versions(), "commit": commit()}
-    lines = [f"device       {result['device']}", f"commit       {result['commit'] or 'not a checkout'}"]
+    result = {"device": device_name(), "cpu_kernels": cpu_kernels(), "versions": versions(), "commit": commit()}
+    lines = [
+        f"device       {result['device']}",
+        f"CPU kernels  {_describe(result['cpu_kernels'])}",
+        f"commit       {result['commit'] or 'not a checkout'}",
+    ]
     lines += [f"{name:<16} {version or 'not installed'}" for name, version in result["versions"].items()]
     emit(result, "\n".join(lines), as_json)
 
@@ -110,6 +115,18 @@ def versions() -> dict[str, str | None]:
     """Versions of this package, of Python and of what it builds on; None for what is not installed."""
     found = {"gq_triton": gq_triton.__version__, "python": platform.python_version(), "torch": torch.__version__}
     return found | {package: _version(package) for package in PACKAGES}
+
+
+def cpu_kernels() -> dict[str, Any]:
+    """The instruction set that native kernels use, those they could, and why there are no such kernels."""
+    return {"isa": native.isa(), "isas": list(native.isas()), "reason": native.reason()}
+
+
+def _describe(kernels: dict[str, Any]) -> str:
+    if kernels["isa"] is None:
+        return f"none: {kernels['reason']}"
+    others = [name for name in kernels["isas"] if name != kernels["isa"]]
+    return f"{kernels['isa']}, could be {', '.join(others)} (GQ_TRITON_CPU)" if others else kernels["isa"]
 
 
 def device_name() -> str:

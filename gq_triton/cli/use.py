@@ -11,6 +11,7 @@ from tqdm import tqdm
 import gq_triton as gq
 from gq_triton.files import write_atomically
 from gq_triton.speech.recognizer import Recognizer
+from gq_triton.speech.streaming import Endpointing, StreamingRecognizer
 from gq_triton.training.data import SpeechSet
 from gq_triton.training.distributed import training_device
 from gq_triton.training.evaluation import Evaluation
@@ -19,6 +20,7 @@ from gq_triton.training.evaluation import evaluate as measure
 from .datasets import data_options, load_utterances
 from .output import emit, json_option
 from .quantization import allocation, given_options, quantization_options
+from .streaming import transcribe_files, transcribe_microphone
 
 __all__ = ["convert", "evaluate", "load_recognizer", "recognizer_file", "report", "transcribe"]
 
@@ -116,18 +118,47 @@ def convert(
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="recognizer: a file or a run's folder")
 @BEAM
+@click.option("--stream", is_flag=True, help="decode in chunks and print texts as they grow; with --json, a line each")
+@click.option("--microphone", is_flag=True, help="stream what the microphone hears, until Ctrl-C, in place of FILES")
+@click.option("--chunk-ms", type=click.IntRange(min=1), help="of a stream, decoded at a time  [default: 240]")
+@click.option("--endpointing", is_flag=True, help="end a stream's segments where nothing is said for a while")
 @json_option
-def transcribe(files: Sequence[Path], model: Path, beam_width: int, as_json: bool) -> None:
-    """Transcribe audio FILES of any rate and format that soundfile reads.
+def transcribe(
+    files: Sequence[Path],
+    model: Path,
+    beam_width: int,
+    stream: bool,
+    microphone: bool,
+    chunk_ms: int | None,
+    endpointing: bool,
+    as_json: bool,
+) -> None:
+    """Transcribe audio FILES of any rate and format that soundfile reads, or what the microphone hears.
 
     What cannot be read is named at the end, and the others are transcribed all the same.
     """
+    if microphone == bool(files):
+        raise click.UsageError("either FILES or --microphone is needed")
+    if (chunk_ms or endpointing) and not (stream or microphone):
+        raise click.UsageError("--chunk-ms and --endpointing go with --stream or --microphone")
     recognizer = load_recognizer(model)
     if recognizer.stage == "qat":
         recognizer.convert()
+    if not (stream or microphone):
+        _transcribe(files, recognizer, beam_width, as_json)
+        return
+    rules = Endpointing() if endpointing else None
+    streaming = StreamingRecognizer(recognizer, chunk_ms=chunk_ms or 240, beam_width=beam_width, endpointing=rules)
+    if microphone:
+        transcribe_microphone(streaming, as_json)
+    else:
+        transcribe_files(streaming, files, as_json)
+
+
+def _transcribe(files: Sequence[Path], recognizer: Recognizer, beam_width: int, as_json: bool) -> None:
     bar = tqdm(files, desc="transcribing", unit="file", leave=False, disable=len(files) == 1)
     result, failures = [], []
     for file in bar:

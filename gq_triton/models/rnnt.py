@@ -5,123 +5,61 @@ Nothing here knows of quantization: ``gq_triton.quantize_`` works on this model 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RNNT", "RNNT_PRESETS", "Encoder", "EncoderState", "Joint", "Lattice", "Predictor", "RNNTConfig"]
+from .config import RNNT_PRESETS, RNNTConfig
 
+__all__ = [
+    "RNNT",
+    "RNNT_PRESETS",
+    "BifocalEncoder",
+    "BifocalState",
+    "Encoder",
+    "EncoderState",
+    "Joint",
+    "Lattice",
+    "Predictor",
+    "RNNTConfig",
+]
 
-@dataclass(frozen=True)
-class RNNTConfig:
-    """Sizes of an :class:`RNNT`.
-
-    Attributes:
-        vocab_size: labels including the blank, which is id 0.
-        features: values per input frame.
-        stack: input frames joined into one encoder frame; the first time reduction.
-        encoder_layers, encoder_hidden: unidirectional LSTM layers and their width.
-        encoder_projection: width of each LSTM's output projection; 0 for none.
-        reduce_after: layers after which pairs of frames are joined, the second time reduction; 0 for none.
-        predictor_embedding, predictor_hidden, predictor_layers: the label LSTM.
-        joint: width of the joint network.
-        dropout: probability, after the encoder's layers and the predictor's.
-    """
-
-    vocab_size: int
-    features: int = 80
-    stack: int = 4
-    encoder_layers: int = 3
-    encoder_hidden: int = 320
-    encoder_projection: int = 0
-    reduce_after: int = 1
-    predictor_embedding: int = 64
-    predictor_hidden: int = 128
-    predictor_layers: int = 1
-    joint: int = 256
-    dropout: float = 0.2
-
-    def __post_init__(self) -> None:
-        may_be_zero = {"encoder_projection", "reduce_after", "dropout"}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 0 or (value == 0 and field.name not in may_be_zero):
-                raise ValueError(f"{field.name} is {value}; a positive number is needed")
-        if self.vocab_size < 2:
-            raise ValueError(f"vocab_size is {self.vocab_size}; the blank and at least one label are needed")
-        if self.reduce_after >= self.encoder_layers:
-            raise ValueError(f"reduce_after is {self.reduce_after}; allowed: 0..{self.encoder_layers - 1}")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout is {self.dropout}; allowed: 0 <= dropout < 1")
-
-    @classmethod
-    def preset(cls, name: str, vocab_size: int, **changes) -> RNNTConfig:
-        """One of :data:`RNNT_PRESETS` for a vocabulary, with fields changed by keyword."""
-        if name not in RNNT_PRESETS:
-            raise ValueError(f"preset is {name!r}; allowed: {', '.join(RNNT_PRESETS)}")
-        return replace(cls(vocab_size=vocab_size, **RNNT_PRESETS[name]), **changes)
-
-    @property
-    def subsampling(self) -> int:
-        """Input frames per encoder output frame."""
-        return self.stack * (2 if self.reduce_after else 1)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> RNNTConfig:
-        """The inverse of :meth:`to_dict`; raises ValueError on unknown fields."""
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"RNNTConfig has no field {', '.join(sorted(unknown))}")
-        return cls(**values)
-
-
-#: ``tiny`` for the quickstart, ``small`` for AN4 (about 2.8 M parameters), ``base`` the size class of on-device
-#: recognizers (about 60 M).
-RNNT_PRESETS: dict[str, dict] = {
-    "tiny": dict(
-        encoder_layers=2,
-        encoder_hidden=128,
-        predictor_embedding=32,
-        predictor_hidden=64,
-        joint=96,
-        dropout=0.1,
-    ),
-    "small": dict(
-        stack=3,
-        encoder_layers=3,
-        encoder_hidden=320,
-        predictor_embedding=64,
-        predictor_hidden=128,
-        joint=256,
-        dropout=0.25,
-    ),
-    "base": dict(
-        stack=3,
-        encoder_layers=6,
-        encoder_hidden=1024,
-        reduce_after=2,
-        predictor_embedding=256,
-        predictor_hidden=768,
-        predictor_layers=2,
-        joint=640,
-        dropout=0.1,
-    ),
-}
 
 LSTMState = tuple[Tensor, Tensor]
 
 
 class EncoderState(NamedTuple):
-    """What the encoder carries between chunks: frames not yet consumed and the layers' states."""
+    """What the encoder carries between chunks, for a batch of streams.
+
+    Attributes:
+        pending: ``(B, fewer than stack, features)``, input frames that await others to be joined with.
+        reduced_pending: ``(B, at most 1, output_size)``, the same before the second time reduction.
+        layers: each LSTM's state, ``(1, B, output_size)`` and ``(1, B, encoder_hidden)``.
+    """
 
     pending: Tensor
     reduced_pending: Tensor
-    layers: list[LSTMState | None]
+    layers: list[LSTMState]
+
+    @staticmethod
+    def join(states: Sequence[EncoderState]) -> EncoderState:
+        """One state of several streams side by side. Equally many frames must await in each, as whole chunks (multiples
+        of the encoder's subsampling) leave none."""
+        pending, reduced, layers = zip(*states, strict=True)
+        joined = [
+            (torch.cat([h for h, _ in layer], 1), torch.cat([c for _, c in layer], 1))
+            for layer in zip(*layers, strict=True)
+        ]
+        return EncoderState(torch.cat(pending), torch.cat(reduced), joined)
+
+    def split(self) -> list[EncoderState]:
+        """The states of the streams, each a batch of one; the inverse of :meth:`join`."""
+        layers = zip(*(zip(h.split(1, 1), c.split(1, 1), strict=True) for h, c in self.layers), strict=True)
+        parts = zip(self.pending.split(1), self.reduced_pending.split(1), layers, strict=True)
+        return [EncoderState(pending, reduced, list(layer)) for pending, reduced, layer in parts]
 
 
 class Encoder(nn.Module):
@@ -155,18 +93,19 @@ class Encoder(nn.Module):
         Raises:
             ValueError: on a wrong shape or a batch too short for one output frame.
         """
-        if features.ndim != 3 or features.shape[-1] != self.features:
-            raise ValueError(f"features is {tuple(features.shape)}; (B, T, {self.features}) is needed")
-        if features.shape[1] < self.subsampling:
-            raise ValueError(f"features has {features.shape[1]} frames; at least {self.subsampling} are needed")
+        _check(features, self.features, self.subsampling)
         encoded, _ = self.stream(features, self.initial_state(features))
         return encoded, lengths // self.subsampling
 
     def initial_state(self, features: Tensor) -> EncoderState:
         """The state before the first chunk, for the batch size, dtype and device of ``features``."""
-        pending = features.new_zeros(features.shape[0], 0, self.features)
-        reduced = features.new_zeros(features.shape[0], 0, self.output_size)
-        return EncoderState(pending, reduced, [None] * len(self.layers))
+        batch = features.shape[0]
+        layers = [
+            (features.new_zeros(1, batch, self.output_size), features.new_zeros(1, batch, lstm.hidden_size))
+            for lstm in self.layers
+        ]
+        pending, reduced = features.new_zeros(batch, 0, self.features), features.new_zeros(batch, 0, self.output_size)
+        return EncoderState(pending, reduced, layers)
 
     def stream(self, features: Tensor, state: EncoderState) -> tuple[Tensor, EncoderState]:
         """Encodes one chunk of any length; equals :meth:`forward` on the concatenation of all chunks so far."""
@@ -183,11 +122,156 @@ class Encoder(nn.Module):
         return x, EncoderState(pending, reduced_pending, layers)
 
 
+def _check(features: Tensor, size: int, least: int) -> None:
+    if features.ndim != 3 or features.shape[-1] != size:
+        raise ValueError(f"features is {tuple(features.shape)}; (B, T, {size}) is needed")
+    if features.shape[1] < least:
+        raise ValueError(f"features has {features.shape[1]} frames; at least {least} are needed")
+
+
 def _join_frames(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """Joins each ``factor`` neighbouring frames; returns the joined frames and the remainder."""
     batch, frames, size = x.shape
     whole = frames - frames % factor
     return x[:, :whole].reshape(batch, whole // factor, size * factor), x[:, whole:]
+
+
+class BifocalState(NamedTuple):
+    """What a bifocal encoder carries between chunks, for a batch of streams.
+
+    Attributes:
+        pending: ``(B, fewer than subsampling, features)``, input frames that await others to make an encoder frame.
+        left: how many further encoder frames of each stream are to be the small encoder's.
+        encoders: of each stream the state, a batch of one, of the encoder that makes its next frame.
+    """
+
+    pending: Tensor
+    left: list[int]
+    encoders: list[EncoderState]
+
+    @staticmethod
+    def join(states: Sequence[BifocalState]) -> BifocalState:
+        """One state of several streams side by side, before and after their switches. Equally many frames must await in
+        each."""
+        pending, left, encoders = zip(*states, strict=True)
+        return BifocalState(torch.cat(pending), list(chain(*left)), list(chain(*encoders)))
+
+    def split(self) -> list[BifocalState]:
+        """The states of the streams, each a batch of one; the inverse of :meth:`join`."""
+        rows = zip(self.pending.split(1), self.left, self.encoders, strict=True)
+        return [BifocalState(pending, [left], [encoder]) for pending, left, encoder in rows]
+
+
+class StreamingEncoder(Protocol):
+    """What :meth:`BifocalEncoder.stream` asks of its encoders."""
+
+    def stream(self, features: Tensor, state: EncoderState) -> tuple[Tensor, EncoderState]:
+        """As :meth:`Encoder.stream`."""
+
+
+class BifocalEncoder(nn.Module):
+    """A small encoder up to a switch frame, the end of a wake word, and a large one after it.
+
+    After the Bifocal RNN-T of Macoskey, Strimel and Rastrow, "Bifocal Neural ASR: Exploiting Keyword Spotting for
+    Inference Optimization", ICASSP 2021 (arXiv 2108.01704). Where theirs is made of Bifocal LSTM cells, this one has
+    two whole encoders: the large one begins with its initial state at the switch.
+
+    Frames join alike in both, so an encoder frame lasts as long before the switch as after it. The switch takes effect
+    at a whole encoder frame: ``switch // subsampling`` of them come from the small encoder, brought to the large one's
+    width by a linear layer.
+
+    ``(B, T, features)`` -> ``(B, T // subsampling, output_size)``.
+    """
+
+    def __init__(self, config: RNNTConfig) -> None:
+        super().__init__()
+        self.small, self.large = Encoder(config.of_small_encoder()), Encoder(config)
+        self.widen = nn.Linear(self.small.output_size, self.large.output_size)
+        self.features, self.subsampling = self.large.features, self.large.subsampling
+        self.output_size = self.large.output_size
+
+    def forward(self, features: Tensor, lengths: Tensor, switch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encodes whole utterances; frames beyond a length never influence those before it.
+
+        Args:
+            features: ``(B, T, features)``, T at least ``subsampling``.
+            lengths: ``(B,)`` valid frames; of fewer than ``subsampling`` comes no output frame.
+            switch: ``(B,)`` integers, input frames before the switch, 0 and more, also beyond the end. None, the
+                default, is 0 everywhere: there is no wake word, and the small encoder gets no gradient.
+
+        Raises:
+            ValueError: on a wrong shape, a negative switch or a batch too short for one output frame.
+        """
+        if switch is None:
+            return self.large(features, lengths)
+        _check(features, self.features, self.subsampling)
+        encoded, _ = self.stream(features, self.initial_state(features, switch))
+        return encoded, lengths // self.subsampling
+
+    def initial_state(self, features: Tensor, switch: Tensor | None = None) -> BifocalState:
+        """The state before the first chunk, for the batch size, dtype and device of ``features``; ``switch`` as in
+        :meth:`forward`."""
+        batch = features.shape[0]
+        if switch is None:
+            switch = torch.zeros(batch, dtype=torch.int64)
+        if switch.shape != (batch,) or switch.is_floating_point():
+            raise ValueError(f"switch is {switch.dtype} {tuple(switch.shape)}; ({batch},) integers are needed")
+        if (switch < 0).any():
+            raise ValueError(f"switch is {switch.tolist()}; frames are counted from 0")
+        left = (switch // self.subsampling).tolist()
+        encoders = [(self.small if frames else self.large).initial_state(features[:1]) for frames in left]
+        return BifocalState(features.new_zeros(batch, 0, self.features), left, encoders)
+
+    def stream(self, features: Tensor, state: BifocalState) -> tuple[Tensor, BifocalState]:
+        """Encodes one chunk of any length; equals :meth:`forward` on the concatenation of all chunks so far."""
+        return self.stream_through(self.small, self.large, features, state)
+
+    def stream_through(
+        self, small: StreamingEncoder, large: StreamingEncoder, features: Tensor, state: BifocalState
+    ) -> tuple[Tensor, BifocalState]:
+        """:meth:`stream`, by stand-ins for the two encoders that compute the same."""
+        features = torch.cat([state.pending, features], 1)
+        frames = features.shape[1] // self.subsampling
+        cuts = sorted({0, frames, *(left for left in state.left if left < frames)})
+        encoded = [features.new_zeros(len(features), 0, self.output_size)]
+        for start, end in pairwise(cut * self.subsampling for cut in cuts):
+            part, state = self._between_switches(small, large, features[:, start:end], state)
+            encoded.append(part)
+        pending = features[:, frames * self.subsampling :]
+        return torch.cat(encoded, 1), BifocalState(pending, state.left, state.encoders)
+
+    def _between_switches(
+        self, small: StreamingEncoder, large: StreamingEncoder, features: Tensor, state: BifocalState
+    ) -> tuple[Tensor, BifocalState]:
+        """Whole encoder frames, before the end of which no stream switches: each encoder takes its streams' at once."""
+        frames = features.shape[1] // self.subsampling
+        left = [max(0, count - frames) for count in state.left]
+        outputs: dict[int, Tensor] = {}
+        encoders: dict[int, EncoderState] = {}
+        if before := [row for row, count in enumerate(state.left) if count]:
+            encoded, states = _stream_rows(small, before, features, state.encoders)
+            outputs |= zip(before, self.widen(encoded).split(1), strict=True)
+            encoders |= zip(before, states, strict=True)
+            encoders |= {row: self.large.initial_state(features[:1]) for row in before if not left[row]}
+        if after := [row for row, count in enumerate(state.left) if not count]:
+            encoded, states = _stream_rows(large, after, features, state.encoders)
+            outputs |= zip(after, encoded.split(1), strict=True)
+            encoders |= zip(after, states, strict=True)
+        rows = range(len(left))
+        encoded = torch.cat([outputs[row] for row in rows])
+        return encoded, BifocalState(state.pending, left, [encoders[row] for row in rows])
+
+
+def _stream_rows(
+    encoder: StreamingEncoder, rows: list[int], features: Tensor, states: list[EncoderState]
+) -> tuple[Tensor, list[EncoderState]]:
+    """Some rows of a batch through an encoder: their outputs side by side, and their states."""
+    chunk = features if len(rows) == len(features) else features[rows]
+    if len(rows) == 1:  # on a device: copies of its state would take a tenth of the time
+        encoded, state = encoder.stream(chunk, states[rows[0]])
+        return encoded, [state]
+    encoded, state = encoder.stream(chunk, EncoderState.join([states[row] for row in rows]))
+    return encoded, state.split()
 
 
 class Predictor(nn.Module):
@@ -247,14 +331,15 @@ class Lattice(NamedTuple):
 
 
 class RNNT(nn.Module):
-    """The recurrent transducer: encoder, predictor and joint network."""
+    """The recurrent transducer: encoder, predictor and joint network. With a small encoder in ``config``, the encoder
+    is a :class:`BifocalEncoder`, and all else is as it is without."""
 
     blank = 0
 
     def __init__(self, config: RNNTConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = BifocalEncoder(config) if config.small_encoder_layers else Encoder(config)
         self.predictor = Predictor(config)
         self.joint = Joint(config, self.encoder.output_size)
 

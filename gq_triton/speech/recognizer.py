@@ -191,7 +191,7 @@ def _require_fit(front_end: LogMel, tokenizer: Tokenizer, config: RNNTConfig) ->
 
 def _require_room(config: RNNTConfig, file_bytes: int) -> None:
     """Refuses a description of more weights than a file has bits, before memory is taken for them."""
-    layers = config.encoder_layers + config.predictor_layers
+    layers = config.encoder_layers + config.small_encoder_layers + config.predictor_layers
     if layers > file_bytes:  # their weights alone could not even be counted in reasonable time
         raise ValueError(f"a model of {layers} layers is described, in a file of {file_bytes} bytes")
     with torch.device("meta"):

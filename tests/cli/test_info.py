@@ -1,11 +1,11 @@
-"""`gq-triton info --kernels`; what it finds is tested in `tests/kernels/test_budgets.py`."""
+"""`gq-triton info`; what it finds with `--kernels` is tested in `tests/kernels/test_budgets.py`."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from gq_triton.cli import info
-from gq_triton.kernels import aot, budgets
+from gq_triton.kernels import aot, budgets, native
 from gq_triton.kernels.parts import PARTS
 
 ROW = {
@@ -86,3 +86,32 @@ def test_options_of_the_kernels_alone(gq_triton):
 def test_without_triton(gq_triton, monkeypatch):
     monkeypatch.setattr(aot, "triton", None)
     assert "pip install 'gq-triton[triton]'" in gq_triton.fails("info", "--kernels")
+
+
+def line_of(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return line.removeprefix(name).strip()
+
+
+@pytest.mark.parametrize(
+    "isas, isa, expected",
+    [
+        (("avx2", "portable"), "avx2", "avx2, could be portable (GQ_TRITON_CPU)"),
+        (("avx512", "avxvnni", "portable"), "avxvnni", "avxvnni, could be avx512, portable (GQ_TRITON_CPU)"),
+        (("portable",), "portable", "portable"),
+    ],
+)
+def test_native_kernels(gq_triton, monkeypatch, isas, isa, expected):
+    monkeypatch.setattr(native, "isas", lambda: isas)
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    monkeypatch.setattr(native, "reason", lambda: None)
+    assert line_of(gq_triton.succeeds("info"), "CPU kernels") == expected
+    assert gq_triton.json("info")["cpu_kernels"] == {"isa": isa, "isas": list(isas), "reason": None}
+
+
+def test_no_native_kernels(gq_triton, monkeypatch):
+    monkeypatch.setattr(native, "isas", lambda: ())
+    monkeypatch.setattr(native, "isa", lambda: None)
+    monkeypatch.setattr(native, "reason", lambda: "no compiler was found")
+    assert line_of(gq_triton.succeeds("info"), "CPU kernels") == "none: no compiler was found"
+    assert gq_triton.json("info")["cpu_kernels"] == {"isa": None, "isas": [], "reason": "no compiler was found"}

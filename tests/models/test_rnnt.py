@@ -6,6 +6,7 @@ from torch import nn
 
 from gq_triton.kernels.joint_loss import joint_rnnt_loss
 from gq_triton.models import RNNT, RNNT_PRESETS, RNNTConfig
+from gq_triton.models.rnnt import EncoderState
 
 SMALL = dict(
     features=6,
@@ -26,7 +27,7 @@ def model_of(**changes):
 
 @pytest.mark.parametrize(
     "preset, vocabulary, low, high",
-    [("tiny", 40, 1e5, 6e5), ("small", 100, 1e6, 3.2e6), ("base", 2500, 55e6, 65e6)],
+    [("tiny", 40, 1e5, 6e5), ("small", 100, 1e6, 3.2e6), ("base", 2500, 55e6, 65e6), ("bifocal", 2500, 55e6, 65e6)],
 )
 def test_presets_have_the_sizes_they_claim(preset, vocabulary, low, high):
     with torch.device("meta"):
@@ -76,6 +77,25 @@ def test_streaming_equals_the_whole_utterance(changes, chunk):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(encoder_projection=4)])
+def test_states_of_streams_are_joined_and_split(changes):
+    encoder = model_of(**changes).encoder
+    chunk = encoder.subsampling * 2
+    features = torch.randn(3, 3 * chunk, 6)
+    whole, _ = encoder(features, torch.tensor([3 * chunk] * 3))
+    states = [encoder.initial_state(features[:1]) for _ in range(3)]
+    _, states[1] = encoder.stream(features[1:2, :chunk], states[1])  # one is ahead of the others
+    joined = EncoderState.join(states)
+    encoded, joined = encoder.stream(
+        torch.stack([features[0, :chunk], features[1, chunk : 2 * chunk], features[2, :chunk]]), joined
+    )
+    for row, state in enumerate(joined.split()):
+        ahead = 1 if row == 1 else 0
+        last, _ = encoder.stream(features[row : row + 1, (1 + ahead) * chunk :], state)
+        found = torch.cat([encoded[row : row + 1], last], 1)
+        torch.testing.assert_close(found, whole[row : row + 1, 2 * ahead :], rtol=1e-5, atol=1e-6)
+
+
 def test_padding_and_the_future_do_not_reach_back():
     encoder = model_of().encoder
     features = torch.randn(1, 24, 6)
@@ -107,7 +127,7 @@ def test_every_parameter_gets_a_gradient():
 def test_config_round_trip_and_refusals():
     config = RNNTConfig.preset("small", 50, dropout=0.5)
     assert RNNTConfig.from_dict(config.to_dict()) == config
-    assert config.dropout == 0.5 and set(RNNT_PRESETS) == {"tiny", "small", "base"}
+    assert config.dropout == 0.5 and set(RNNT_PRESETS) == {"tiny", "small", "base", "bifocal"}
     for changes, message in [
         (dict(vocab_size=1), "vocab_size is 1"),
         (dict(encoder_layers=0), "encoder_layers is 0"),
@@ -117,7 +137,7 @@ def test_config_round_trip_and_refusals():
     ]:
         with pytest.raises(ValueError, match=message):
             RNNTConfig(**(dict(vocab_size=9) | changes))
-    with pytest.raises(ValueError, match="preset is 'large'; allowed: tiny, small, base"):
+    with pytest.raises(ValueError, match="preset is 'large'; allowed: tiny, small, base, bifocal"):
         RNNTConfig.preset("large", 9)
     with pytest.raises(ValueError, match="no field attention"):
         RNNTConfig.from_dict(dict(vocab_size=9, attention=1))

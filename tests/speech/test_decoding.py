@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gq_triton.models import RNNT, RNNTConfig
-from gq_triton.speech.decoding import BeamDecoder, GreedyDecoder, beam, greedy
+from gq_triton.speech.decoding import BeamDecoder, Decoded, GreedyDecoder, beam, greedy
 from gq_triton.training.objective import transducer_loss
 
 
@@ -72,7 +72,7 @@ def test_chunks_give_the_same_labels(model, utterances, decoder, chunk):
     for start in range(0, encoded.shape[1], chunk):
         part = encoded[:, start : start + chunk]
         state = search.advance(state, part, (encoded_lengths - start).clamp(0, part.shape[1]))
-    assert search.results(state) == whole and any(whole)
+    assert search.results(state) == whole and any(decoded.labels for decoded in whole)
 
 
 @torch.no_grad()
@@ -82,8 +82,8 @@ def test_a_wide_beam_finds_the_most_probable_labels(model):
     encoded, encoded_lengths = model.encoder(features, lengths)
     frames = int(encoded_lengths)
     decoder = BeamDecoder(model, width=4000, max_symbols=most)
-    hypotheses = decoder.advance(decoder.start(1), encoded, encoded_lengths)[0]
-    scores = {hypothesis.labels: hypothesis.score for hypothesis in hypotheses}
+    state = decoder.advance(decoder.start(1), encoded, encoded_lengths)
+    scores = {hypothesis.labels: hypothesis.score for hypothesis in state.beams[0]}
     for count in range(most + 1):  # up to max_symbols labels no alignment is cut off
         for labels in itertools.product(range(1, 4), repeat=count):
             targets = torch.tensor([labels], dtype=torch.long).reshape(1, count)
@@ -91,7 +91,7 @@ def test_a_wide_beam_finds_the_most_probable_labels(model):
             expected = -transducer_loss(model.joint, lattice, targets, torch.tensor([count]))
             assert scores[labels] == pytest.approx(expected.item(), abs=1e-3)
     assert frames == 3
-    assert decoder.results([hypotheses])[0] == list(max(scores, key=scores.get))
+    assert decoder.results(state)[0].labels == list(max(scores, key=scores.get))
 
 
 def test_beam_is_no_worse_than_greedy(model, utterances):
@@ -118,7 +118,62 @@ def test_decoding_leaves_the_training_mode_alone_and_ignores_dropout(model, utte
 def test_no_frames_change_nothing(model):
     for decoder in (GreedyDecoder(model), BeamDecoder(model)):
         state = decoder.advance(decoder.start(2), torch.zeros(2, 0, 12), torch.tensor([0, 0]))
-        assert decoder.results(state) == [[], []]
+        assert decoder.results(state) == [Decoded([], [], 0)] * 2
+
+
+@pytest.mark.parametrize("decoder", [lambda m: GreedyDecoder(m), lambda m: BeamDecoder(m, width=3)])
+@torch.no_grad()
+def test_states_are_joined_and_split(model, utterances, decoder):
+    """Utterances that are decoded together go on alone, and the other way round."""
+    features, lengths = utterances
+    encoded, encoded_lengths = model.encoder(features, lengths)
+    search, half = decoder(model), encoded.shape[1] // 2
+    whole = search.results(search.advance(search.start(3), encoded, encoded_lengths))
+    first, second = encoded_lengths.clamp_max(half), (encoded_lengths - half).clamp_min(0)
+    together = search.advance(search.start(3), encoded[:, :half], first)
+    rows = enumerate(together.split())
+    apart = [search.advance(state, encoded[n : n + 1, half:], second[n : n + 1]) for n, state in rows]
+    assert [search.results(state)[0] for state in apart] == whole
+    apart = [search.advance(search.start(1), encoded[n : n + 1, :half], first[n : n + 1]) for n in range(3)]
+    together = search.advance(apart[0].join(apart), encoded[:, half:], second)
+    assert search.results(together) == whole and together.frames == encoded_lengths.tolist()
+
+
+@pytest.mark.parametrize("decoder", [lambda m: GreedyDecoder(m), lambda m: BeamDecoder(m, width=3)])
+@torch.no_grad()
+def test_times_are_the_frames_that_labels_are_emitted_at(model, utterances, decoder):
+    """Up to a label's frame the label is not there, and from then on it is."""
+    features, lengths = utterances
+    encoded, _ = model.encoder(features[:1], lengths[:1])
+    search = decoder(model)
+    state, known = search.start(1), []
+    for time in range(encoded.shape[1]):
+        state = search.advance(state, encoded[:, time : time + 1], torch.tensor([1]))
+        labels, times, stable = search.results(state)[0]
+        assert len(labels) == len(times) and times == sorted(times) and all(at <= time for at in times)
+        assert stable >= len(known) and labels[: len(known)] == known
+        known = labels[:stable]
+    (whole,) = search.results(search.advance(search.start(1), encoded, lengths[:1] // 4))
+    assert (whole.labels, whole.times) == (labels, times) and len(set(times)) > 1
+
+
+def test_the_greedy_search_takes_what_is_chosen(model):
+    asked = []
+
+    class Told(GreedyDecoder):
+        def choose(self, logits, frames, counts):
+            asked.append((tuple(logits.shape), frames, counts))
+            return [
+                [2 if frame + n >= 3 + count else 0 for n in range(logits.shape[1])]
+                for frame, count in zip(frames, counts, strict=True)
+            ]
+
+    decoder = Told(model, max_symbols=1)
+    state = decoder.advance(decoder.start(2), torch.zeros(2, 5, 12), torch.tensor([5, 2]))
+    assert state.labels == [[2, 2], []] and state.times == [[3, 4], []]
+    assert asked[0] == ((2, 4, 4), [0, 0], [0, 0]) and asked[1] == ((1, 1, 4), [4], [1])
+    state = decoder.advance(state, torch.zeros(2, 2, 12), torch.tensor([2, 2]))
+    assert state.times == [[3, 4, 5, 6], [3]] and state.frames == [7, 4]
 
 
 def test_bad_settings_are_named(model):

@@ -101,6 +101,24 @@ def test_every_stage_is_saved_and_loaded(staged, spoken, tmp_path):
     assert loaded.transcribe(spoken[0].load()) == staged.transcribe(spoken[0].load())
 
 
+@pytest.mark.parametrize("stage", ["float", "qat", "packed"])
+def test_a_bifocal_recognizer_is_saved_and_loaded(stage, spoken, tmp_path):
+    recognizer = tones.recognizer(spoken, small_encoder_layers=2, small_encoder_hidden=8)
+    if stage != "float":
+        recognizer.prepare({"encoder.small.*": gq.GQConfig(bits=4), "*": gq.GQConfig(bits=5)}).eval()
+    if stage == "packed":
+        recognizer.convert()
+    recognizer.save(tmp_path / "m")
+    loaded = Recognizer.load(tmp_path / "m")
+    features, lengths, switch = torch.randn(2, 40, 80), torch.tensor([40, 40]), torch.tensor([16, 25])
+    with torch.no_grad():
+        expected, found = (
+            model(features, lengths, switch)[0] for model in (recognizer.model.encoder, loaded.model.encoder)
+        )
+    assert torch.equal(found, expected)
+    assert loaded.model.config == recognizer.model.config and loaded.stage == stage
+
+
 @pytest.mark.parametrize("kind", ["char", "subword"])
 def test_tokenizers_travel_in_the_file(kind, spoken, tmp_path):
     tokenizer = train_tokenizer(kind, [utterance.text for utterance in spoken], 16)
@@ -158,6 +176,8 @@ def test_a_truncated_file_is_refused(staged, tmp_path):
         lambda description: description["model"].update(encoder_hidden="many"),
         lambda description: description["model"].update(encoder_hidden=10**7),
         lambda description: description["model"].update(predictor_layers=10**9),
+        lambda description: description["model"].update(small_encoder_layers=10**9, small_encoder_hidden=1),
+        lambda description: description["model"].update(small_encoder_layers=2, small_encoder_hidden=10),
         lambda description: description["front_end"].update(n_mels=-1),
         lambda description: description["front_end"].update(n_mels=10**6),
         lambda description: description["tokenizer"]["symbols"].append("fa"),
