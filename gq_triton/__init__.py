@@ -12,24 +12,32 @@ approach", SLT 2022 (arXiv 2210.09188). Typical use::
     gq.quantize_(model, step="convert")
     print(gq.report(model))
     gq.save_packed(model, "model.safetensors")
+
+Importing this package imports neither torch nor anything else of its own: each name is loaded when it is first used.
+Programs that run exported graphs, which know its operators by name (``torch.ops.gq_triton``), import
+:mod:`gq_triton.functional`.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gq_triton._lazy import lazy
 
 _ROOT = Path(__file__).resolve().parent
 if not (_ROOT / "kernels").exists() and (_ROOT.parent / "kernels" / "__init__.py").exists():
     # A source checkout keeps the kernels in a top-level folder; installed packages have them right here.
     __path__.append(str(_ROOT.parent))
 
-from gq_triton import functional  # noqa: E402
-from gq_triton.anneal import Annealer, param_groups  # noqa: E402
-from gq_triton.config import GQConfig  # noqa: E402
-from gq_triton.dense import allow_dense  # noqa: E402
-from gq_triton.packed_file import PackedFileError, load_packed, read_metadata, save_packed  # noqa: E402
-from gq_triton.quantize import quantize_  # noqa: E402
-from gq_triton.quantizer import WeightQuantizer  # noqa: E402
-from gq_triton.report import Report, report  # noqa: E402
-from gq_triton.tuning import load_tuned  # noqa: E402
+if TYPE_CHECKING:
+    from gq_triton import functional
+    from gq_triton.anneal import Annealer, param_groups
+    from gq_triton.config import GQConfig
+    from gq_triton.dense import allow_dense
+    from gq_triton.packed_file import PackedFileError, load_packed, read_metadata, save_packed
+    from gq_triton.quantize import quantize_
+    from gq_triton.quantizer import WeightQuantizer
+    from gq_triton.reporting import Report, report
+    from gq_triton.tuning import load_tuned
 
 __version__ = "0.1.0"
 
@@ -49,3 +57,21 @@ __all__ = [
     "report",
     "save_packed",
 ]
+
+_MODULES = {
+    "Annealer": "anneal",
+    "GQConfig": "config",
+    "PackedFileError": "packed_file",
+    "Report": "reporting",
+    "WeightQuantizer": "quantizer",
+    "allow_dense": "dense",
+    "functional": "functional",
+    "load_packed": "packed_file",
+    "load_tuned": "tuning",
+    "param_groups": "anneal",
+    "quantize_": "quantize",
+    "read_metadata": "packed_file",
+    "report": "reporting",
+    "save_packed": "packed_file",
+}
+__getattr__, __dir__ = lazy(__name__, _MODULES)

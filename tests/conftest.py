@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels then run in its interpreter
 
+from gq_triton.kernels import native
+from gq_triton.kernels.layouts import LAYOUTS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,6 +33,24 @@ def seed():
 def device(request) -> torch.device:
     """Every device the machine has; the CPU always."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "torch"])
+def cpu_kernels(request, monkeypatch) -> bool:
+    """Whether the native library runs on the CPU; else it counts as missing, and torch does."""
+    if not request.param:
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip(f"no native library: {native.reason()}")
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request) -> str:
+    """Every layout of packed codes that this machine knows."""
+    if request.param == "panels" and not native.available():
+        pytest.skip(f"no native library: {native.reason()}")
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -280,7 +280,8 @@ def _distribute(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    bifocal = bool(model.model.config.small_encoder_layers)  # the small encoder has no part in the loss
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=bifocal)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

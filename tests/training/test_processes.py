@@ -64,7 +64,7 @@ def test_a_run_killed_by_the_system_resumes_exactly(tmp_path, kind):
     assert not list(checkpoint.parent.glob("*.tmp*"))
 
 
-@pytest.mark.parametrize("kind", ["float", "quantized"])
+@pytest.mark.parametrize("kind", ["float", "quantized", "bifocal"])
 def test_two_processes_take_the_steps_of_one(tmp_path, kind):
     # 14 utterances in batches of 4 or 3: the two processes' shares differ in size.
     settings = ("epochs=1", "freq_masks=0", "time_masks=0", "log_every=1")

@@ -1,4 +1,5 @@
-"""One training process, alone or under torchrun: `training_process.py OUTPUT float|quantized [NAME=VALUE ...]`."""
+"""One training process, alone or under torchrun: `training_process.py OUTPUT KIND [NAME=VALUE ...]`; KIND is float,
+quantized or bifocal."""
 
 import sys
 
@@ -14,7 +15,8 @@ def main(output: str, kind: str, *settings: str) -> None:
     torch.set_num_threads(1)
     config = TrainConfig(batch_size=4, learning_rate=1e-2).changed(dict(text.split("=") for text in settings))
     spoken = tones.utterances(14)
-    recognizer = tones.recognizer(spoken, dropout=0.1 if config.freq_masks else 0.0)
+    small = dict(small_encoder_layers=2, small_encoder_hidden=8) if kind == "bifocal" else {}
+    recognizer = tones.recognizer(spoken, dropout=0.1 if config.freq_masks else 0.0, **small)
     speech = SpeechSet(spoken, recognizer.front_end, recognizer.tokenizer, progress=False)
     if kind == "quantized":
         recognizer.prepare(gq.GQConfig(bits=3))

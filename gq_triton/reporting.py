@@ -22,8 +22,8 @@ class Row:
         name: of the weight, or of the module.
         bits: code width, or the element width of float tensors.
         parameters: how many numbers of the float model it stands for.
-        bytes: that it takes in memory now; a prepared weight takes its float form and its quantizer's, a packed one on
-            a GPU the padding of its tiles, and a dense copy where there is one.
+        bytes: that it takes in memory now; a prepared weight takes its float form and its quantizer's, a packed one
+            the padding of the layout that its device reads, and a dense copy where there is one.
         packed_bytes: that it takes packed, in a file; float tensors take what they take.
         sqnr_db: of the quantized weight against the float weight that it came from, in dB; None for float tensors and
             where it is not known.
@@ -99,7 +99,7 @@ def report(model: nn.Module) -> Report:
 
     Persistent and other buffers count like parameters. Memory that a layer takes while it runs is not counted:
     convolutions over several taps and channels hold one decoded weight during a call, and so do recurrent layers on a
-    CPU.
+    CPU without the native library.
     """
     return Report(tuple(_rows(model)))
 
