@@ -43,7 +43,7 @@ from gq_triton.training.distributed import training_device
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("runs") / "benchmarks"
-PEERS = ("torchao", "bitsandbytes", "gemlite")
+PEERS = ("torchao", "bitsandbytes", "gemlite", "onnxruntime", "onnx")
 FLUSHED_BYTES = 1 << 30  # many times any L2 cache: writing it takes longer than the host takes to launch most calls
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
@@ -118,7 +118,7 @@ def measure(
     results: dict[str, dict] = {name: {} for name in makers}
     clock, running, wanted = Clock(device, mode), {}, {}
     for name, make in makers.items():
-        with _failure_recorded(results, name):
+        with failure_recorded(results, name):
             contender = make()
             contender.check()
             results[name]["peak_bytes"] = peak_bytes(lambda prepare=contender.prepare: prepare()(), device)
@@ -147,7 +147,7 @@ def _take_turns(
     for turn in range(rounds):
         for name, count in wanted.items():
             if name in samples and (turn + 1) * count // rounds > turn * count // rounds:
-                with _failure_recorded(results, name):
+                with failure_recorded(results, name):
                     samples[name].append(clock.sample(running[name]))
                 if "absent" in results[name]:
                     del samples[name]
@@ -156,7 +156,7 @@ def _take_turns(
 
 
 @contextmanager
-def _failure_recorded(results: dict[str, dict], name: str) -> Iterator[None]:
+def failure_recorded(results: dict[str, dict], name: str) -> Iterator[None]:
     """Any failure of a contender, even a crash of a peer's code, is a result; it must not cost the others theirs."""
     try:
         yield
@@ -318,12 +318,16 @@ def _free_memory(device: torch.device) -> None:
 
 def require_memory(count: int, what: str, device: torch.device) -> None:
     """Raises Unavailable where ``count`` bytes, counted on paper, do not fit: on a CPU the system would end the run."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory(device)
     if count > 0.8 * free:
         raise Unavailable(f"{what} takes {count / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -110,7 +111,8 @@ def torch_int4(weight: Tensor, dtype: torch.dtype) -> Layer:
     else:
         packed = ops._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
         product = ops._weight_int4pack_mm
-    return Layer(lambda x: product(x, packed, group, grids), codes.numel() // 2 + tensor_bytes(grids))
+    forward = partial(product, mat2=packed, qGroupSize=group, qScaleAndZeros=grids)
+    return Layer(forward, codes.numel() // 2 + tensor_bytes(grids))
 
 
 def gemlite_int4(weight: Tensor, dtype: torch.dtype) -> Layer:

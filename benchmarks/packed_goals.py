@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import click
 import numpy as np
+from goals import Outcome, told
 
 PEERS = {  # the peer, and who stands against it
     "torch int8/8": "gq int8/8",
@@ -47,31 +48,6 @@ class Goal(NamedTuple):
     least: float
     figure: str
     counts: Callable[[Cell], bool]
-
-
-class Outcome(NamedTuple):
-    """How a record stands to a goal.
-
-    Attributes:
-        what: the goal.
-        wanted: the number.
-        measured: the worst cell's, or the geometric mean; None where nothing was measured.
-        cells: how many there are.
-        missed: those below ``wanted``, the worst first.
-        notes: what else to know.
-    """
-
-    what: str
-    wanted: float
-    measured: float | None
-    cells: int
-    missed: list[Cell]
-    notes: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """None where nothing was measured."""
-        return None if self.measured is None else self.measured >= self.wanted
 
 
 def _large(cell: Cell) -> bool:
@@ -152,19 +128,7 @@ def _geometric_mean(cells: list[Cell]) -> float:
 
 def summary(record: dict) -> str:
     """The outcomes as text, every cell that misses its goal on a line of its own."""
-    lines = []
-    for outcome in outcomes(record):
-        lines.append(_line(outcome))
-        lines += [f"            {cell}" for cell in outcome.missed]
-    return "\n".join(lines)
-
-
-def _line(outcome: Outcome) -> str:
-    if outcome.measured is None:
-        return f"unknown  {outcome.what}: not measured"
-    notes = f", {outcome.notes}" if outcome.notes else ""
-    numbers = f"{outcome.measured:.3g} of {outcome.wanted:g} wanted, {outcome.cells} cells{notes}"
-    return f"{'met' if outcome.met else 'missed':<8} {outcome.what}: {numbers}"
+    return told(outcomes(record))
 
 
 @click.command()

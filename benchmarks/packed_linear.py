@@ -341,7 +341,7 @@ class Problem:
             bits=bits,
             in_features=self.case["k"],
             activations=activations,
-            tiled=packed.tiled,
+            layout=packed.layout,
         )
         moved = math.ceil(bits * self.weight.float.numel() / 8) + harness.tensor_bytes(packed.scale)
         operands = STORED[activations] if activations else self.dtype

@@ -40,6 +40,26 @@ LINEARS = {
 }
 LINEAR_MODES = {"turns": "", "cold": ", cold L2 cache", "warm graph": ", warm L2 cache, CUDA graph"}
 LINEAR_TOKENS = (1, 16, 256)
+CPU_LAYERS = {
+    **{f"gq int8/{bits}": f"GQ, {bits} bits, int8 activations" for bits in (8, 5, 4, 3, 2)},
+    "gq int8/1": "GQ, 1 bit, int8 activations",
+    **{f"gq/{bits}": f"GQ, {bits} bits" for bits in (8, 4)},
+    "torch fp32/32": "torch float32",
+    "torch bf16/16": "torch bfloat16",
+    "torch int8/8": "torch dynamic int8",
+    "torch int4/4": "torch int4",
+    "onnxruntime int8/8": "onnxruntime dynamic int8",
+    "onnxruntime nbits/4": "onnxruntime MatMulNBits, 4 bits",
+    "onnxruntime nbits/2": "onnxruntime MatMulNBits, 2 bits",
+}
+CPU_COLUMNS = (  # what cases of benchmarks/cpu_kernels.py are shown, as far as they were measured
+    {"op": "linear", "place": "L2"},
+    {"op": "linear", "place": "cache", "n": 4096, "k": 1024},
+    {"op": "linear", "place": "memory"},
+    {"op": "lstm", "n": 1024, "k": 1024},
+)
+CPU_PLACES = {"L2": "one", "cache": "{} in a cache", "memory": "out of memory"}
+STREAMING_PEERS = {"torch fp32": "torch, float32", "torch bf16": "torch, bfloat16", "torch int8": "torch, dynamic int8"}
 STEPS = {"float": "float", "gq": "GQ", "torchao": "torchao, linear layers only", "plain": "GQ in the plain form"}
 
 
@@ -61,6 +81,8 @@ def table(path: Path) -> str:
         "quantizer": quantizer_table,
         "training_step": training_step_table,
         "packed_linear": packed_linear_table,
+        "cpu_kernels": cpu_kernels_table,
+        "streaming": streaming_table,
     }
     return tables.get(path.stem, recognition_table)(json.loads(path.read_text()))
 
@@ -151,9 +173,80 @@ def packed_linear_table(record: dict) -> str:
     return "\n".join([*lines, "", about, ""])
 
 
+def cpu_kernels_table(record: dict) -> str:
+    """Of benchmarks/cpu_kernels.py: one token, by the number of threads."""
+    threads = record["settings"]["threads"]
+    columns = [cells for wanted in CPU_COLUMNS if (cells := _by_threads(record, wanted))]
+    titles = [_cpu_title(cells[threads[0]]) for cells in columns]
+    counts = f"{' / '.join(map(str, threads))} {'thread' if threads == [1] else 'threads'}"
+    lines = [f"| microseconds, {counts} | {' | '.join(titles)} |", f"| --- |{' --- |' * len(columns)}"]
+    for name, label in CPU_LAYERS.items():
+        times = [_microseconds([cells[count]["results"].get(name, {}) for count in threads]) for cells in columns]
+        if any(times):
+            lines.append(f"| {label} | {' | '.join(times)} |")
+    instructions = record["settings"]["instructions"]
+    kernels = f"native kernels for {instructions}" if instructions else "no native kernels"
+    about = f"One token; medians; GQ with {kernels}. {_where(record)}."
+    return "\n".join([*lines, "", about, ""])
+
+
+def _by_threads(record: dict, wanted: dict) -> dict[int, dict]:
+    """The cases of one token that are as ``wanted``, by their number of threads."""
+    wanted = wanted | {"m": 1}
+    return {entry["case"]["threads"]: entry for entry in record["cases"] if entry["case"].items() >= wanted.items()}
+
+
+def _cpu_title(entry: dict) -> str:
+    case = entry["case"]
+    where = CPU_PLACES[case["place"]].format(entry["results"]["read sum"]["layers"])
+    layer = f"LSTM, {case['k']} to {case['n']}" if case["op"] == "lstm" else f"{case['n']} x {case['k']}"
+    return f"{layer}, {where}"
+
+
+def streaming_table(record: dict) -> str:
+    """Of benchmarks/streaming.py: the first case."""
+    entry = record["cases"][0]
+    lines = [
+        "| recognizer | weights (MiB) | in the process (MiB) | whole process (MiB) | wait P50 / P90 / P99 (ms) "
+        "| P90, weights alone (ms) | first partial (ms) | real-time factor |",
+        f"|{' --- |' * 8}",
+    ]
+    for name, result in entry["results"].items():
+        if "upl_ms" in result:
+            lines.append(f"| {_streaming_label(name)} | {_streaming_columns(result)} |")
+    case, seconds = entry["case"], record["settings"]["played"].values()
+    threads = f"{case['threads']} {'thread' if case['threads'] == 1 else 'threads'}"
+    about = (
+        f"Wait: from the end of speech to the final result; {len(seconds)} utterances of {min(seconds):.1f} to "
+        f"{max(seconds):.1f} s, played at the pace they were spoken; chunks of {case['chunk_ms']} ms, {threads}. "
+        f"{_where(record)}."
+    )
+    return "\n".join([*lines, "", about, ""])
+
+
+def _streaming_label(name: str) -> str:
+    if name in STREAMING_PEERS:
+        return STREAMING_PEERS[name]
+    kind, bits = name.removeprefix("runner ").split("/")
+    width = "1-bit LSTMs, else 5 bits" if bits == "mixed" else f"{bits} bits"
+    activations = ", int8 activations" if kind == "gq int8" else ""
+    return f"GQ, {width}{activations}{', without torch' if name.startswith('runner ') else ''}"
+
+
+def _streaming_columns(result: dict) -> str:
+    sizes = [result[key] / 2**20 for key in ("weight_bytes", "model_bytes", "process_bytes")]
+    waits = " / ".join(_number(result["upl_ms"][key]) for key in ("p50", "p90", "p99"))
+    floor, first = _number(result["floor_ms"]["p90"]), _number(result["first_partial_ms"]["p50"])
+    return " | ".join([*map(_number, sizes), waits, floor, first, f"{result['rtf']:.2g}"])
+
+
 def _times(found: dict, n: int, k: int, name: str) -> str:
     """Microseconds of a contender at `LINEAR_TOKENS`; nothing where it has none."""
-    results = [found.get((n, k, tokens), {}).get(name, {}) for tokens in LINEAR_TOKENS]
+    return _microseconds([found.get((n, k, tokens), {}).get(name, {}) for tokens in LINEAR_TOKENS])
+
+
+def _microseconds(results: list[dict]) -> str:
+    """Of several results; nothing where none has a time."""
     shown = [_number(1e3 * result["ms"]["median"]) if "ms" in result else "-" for result in results]
     return " / ".join(shown) if any("ms" in result for result in results) else ""
 
