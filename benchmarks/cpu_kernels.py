@@ -41,6 +41,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ from gq_triton.models import RNNT, RNNTConfig
 CPU = torch.device("cpu")
 LABELS = 2500  # of the recognizer whose layers are measured
 CACHED_WEIGHTS = 14 * 4096 * 1024  # about what it has
+GATES = 4  # of an LSTM
 CACHES = 4  # how many last-level caches a set in memory fills
 MODES = {"L2": Mode(calls=20), "cache": Mode(), "memory": Mode()}
 OWN_ERROR = 1e-3  # of float32 sums, and, in an LSTM, of a hidden state that was rounded the other way
@@ -86,6 +88,7 @@ class Suite:
         weight_only: widths of own layers without.
         native: widths at which the kernel is called directly.
         nbits: widths of onnxruntime's MatMulNBits.
+        most_threads: of the plan's numbers of threads, the largest.
     """
 
     op: str
@@ -96,6 +99,7 @@ class Suite:
     weight_only: tuple[int, ...] = (8, 4)
     native: tuple[int, ...] = ()
     nbits: tuple[int, ...] = (4,)
+    most_threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,9 @@ class Plan:
         suites = (
             Suite("linear", "L2", ((1024, 1024),), native=every, nbits=(4, 2)),
             Suite("linear", "cache", ((4096, 1024),), native=every, nbits=(4, 2)),
-            Suite("lstm", "cache", ((1024, 1024), (1024, 2048), (768, 256)), (1, 8), nbits=()),
-            Suite("linear", "cache", recognizer_shapes((4096, 1024)), (1, 4, 16), (8, 5, 4, 2), (4,)),
-            Suite("linear", "cache", ((4096, 1024),), (4, 16), (8, 5, 4, 2), (4,)),
+            Suite("lstm", "cache", ((1024, 1024), (1024, 2048), (768, 256)), (1, 8), native=every, nbits=()),
+            Suite("linear", "cache", recognizer_shapes((4096, 1024)), (1,), (8, 5, 4, 2, 1), (4,)),
+            Suite("linear", "cache", recognizer_shapes(), (4, 16), (8, 5, 4, 2, 1), (4,), most_threads=1),
             Suite("linear", "memory", ((4096, 2048),), weight_only=(), native=every),
         )
         return cls._that_fits(suites, device, Timing(seconds=0.07, least=5, most=40))
@@ -138,7 +142,7 @@ class Plan:
         suites = (
             Suite("linear", "L2", ((1024, 1024),), native=(8, 4)),
             Suite("linear", "cache", ((4096, 1024),), native=(8, 4)),
-            Suite("lstm", "cache", ((1024, 1024),), nbits=()),
+            Suite("lstm", "cache", ((1024, 1024),), native=(8, 4), nbits=()),
         )
         return cls._that_fits(suites, device, Timing(seconds=0.05, least=3, most=20))
 
@@ -169,10 +173,9 @@ class Plan:
         """Each case with its suite."""
         for suite in self.suites:
             for n, k in suite.shapes:
-                for threads in self.threads:
-                    for m in suite.tokens:
-                        case = {"op": suite.op, "place": suite.place, "n": n, "k": k, "m": m, "threads": threads}
-                        yield case, suite
+                for threads, m in product(self.threads, suite.tokens):
+                    if threads <= suite.most_threads:
+                        yield dict(op=suite.op, place=suite.place, n=n, k=k, m=m, threads=threads), suite
 
 
 def recognizer_shapes(*others: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -282,16 +285,36 @@ def own_lstm(packed: list[PackedWeight], biases: list[Tensor], activations: str 
     )
 
 
-def native_linear(layer: partial, tokens: int, threads: int) -> Layer:
-    """The kernel that a layer of :func:`own_linear` comes to, with all its arguments made beforehand."""
+def native_linear(layer: partial, x: Tensor, threads: int) -> Layer:
+    """The kernel that a layer of :func:`own_linear` comes to, with all its arguments but x made beforehand."""
     own = layer.keywords
     rows = len(own["scale"])
-    weight = native.Weight(own["packed"], own["codebook"], own["scale"], own["bits"], rows, own["in_features"])
-    out = torch.empty(tokens, rows)
+    weight = native.Weight(own["packed"], own["codebook"], own["scale"], own["bits"], rows, x.shape[-1])
+    out = torch.empty(len(x), rows)
 
     def forward(x: Tensor) -> Tensor:
         native.linear(x, weight, None, out, own["activations"], threads)
         return out
+
+    return forward
+
+
+def native_lstm(layer: partial, x: Tensor, threads: int) -> Layer:
+    """The kernel that a layer of :func:`own_lstm` comes to, likewise."""
+    own = layer.keywords
+    states, last = own["states"], [torch.empty_like(state) for state in own["states"]]
+    sizes = x.shape[-1], states[0].shape[-1]
+    weights = [
+        native.Weight(*tensors, bits, len(tensors[2]), columns, GATES)
+        for tensors, bits, columns in zip(own["weights"], own["bits"], sizes, strict=True)
+    ]
+    segments = [(step, 0, 1, step - 1 if step else None) for step in range(len(x))]
+    out = torch.empty(len(x), sizes[1])
+
+    def forward(x: Tensor) -> list[Tensor]:
+        rows = x.view(len(x), -1), segments, states, weights, own["biases"]
+        native.recurrent(*rows, out, last, own["activations"], threads)
+        return [out, *last]
 
     return forward
 
@@ -374,7 +397,7 @@ class Weights:
         return Set([in_memory_of_its_own(layer) for _ in range(count)], layer_bytes, count, first)
 
     def packed(self, bits: int, codebook: str) -> list[PackedWeight]:
-        groups = 4 if self.lstm else 1
+        groups = GATES if self.lstm else 1
         return [random_weight(*matrix.shape, groups, bits, codebook) for matrix in self.matrices]
 
     def own(self, bits: int, activations: str | None) -> Set:
@@ -453,7 +476,8 @@ class Problem:
         if not native.available():
             raise Unavailable(native.reason() or "there is no native library")
         layers = self.weights.once(self.weights.own, bits, "int8")
-        calls = [native_linear(layer, self.case["m"], self.case["threads"]) for layer in layers.calls]
+        make = native_lstm if self.weights.lstm else native_linear
+        calls = [make(layer, self.x, self.case["threads"]) for layer in layers.calls]
         layers = layers._replace(calls=calls)
         return self._contender(f"native int8/{bits}", layers, self.x, lambda: self._expected(bits, "int8"), OWN_ERROR)
 

@@ -112,14 +112,14 @@ class Plan:
 
     @classmethod
     def full(cls) -> Plan:
-        own = (*(f"gq int8/{bits}" for bits in (8, 5, 4, 3, 2, "mixed")), "gq/8", "gq/5")
-        few = ("torch int8", "gq int8/8", "gq int8/5", "gq int8/mixed")
+        own = tuple(f"gq int8/{bits}" for bits in (8, 5, 4, 3, 2, "mixed"))
+        few = ("torch int8", *on_runner(("gq int8/8", "gq int8/5", "gq int8/mixed")))
         return cls(
             (
-                Suite("rnnt", 1, 60, 16, (*PEERS, *own, *on_runner(own))),
-                Suite("rnnt", 1, 240, 10, (*few, *on_runner(few[1:]))),
-                Suite("rnnt", 2, 60, 10, (*few, *on_runner(few[1:]))),
-                Suite("bifocal", 1, 60, 10, (*few, *on_runner(few[1:]))),
+                Suite("rnnt", 1, 60, 12, (*PEERS, *own, *on_runner(own))),
+                Suite("rnnt", 1, 240, 12, few),
+                Suite("rnnt", 2, 60, 12, few),
+                Suite("bifocal", 1, 60, 12, few),
             )
         )
 

@@ -64,6 +64,7 @@ def draw_times(axes: Axes, case: dict, results: dict[str, dict]) -> None:
     axes.plot(WIDTHS, floor, label="plain read of the codes", color=style.BLACK, linestyle="--", linewidth=1)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_xscale("log", base=2)
     axes.set_xticks(WIDTHS, map(str, WIDTHS))
     axes.set_xlabel("bits a weight (logarithmic)", fontsize=9)

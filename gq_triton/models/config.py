@@ -16,7 +16,7 @@ class RNNTConfig:
         features: values per input frame.
         stack: input frames joined into one encoder frame; the first time reduction.
         encoder_layers, encoder_hidden: unidirectional LSTM layers and their width.
-        encoder_projection: width of each LSTM's output projection; 0 for none.
+        encoder_projection: width of each LSTM's output projection, below ``encoder_hidden``; 0 for none.
         reduce_after: layers after which pairs of frames are joined, the second time reduction; 0 for none.
         small_encoder_layers, small_encoder_hidden: those of a second, small encoder for the wake word, which makes it a
             Bifocal RNN-T (see :class:`~gq_triton.models.rnnt.BifocalEncoder`); 0 and 0 for none.
@@ -58,6 +58,8 @@ class RNNTConfig:
         layers = min(self.encoder_layers, self.small_encoder_layers or self.encoder_layers)
         if self.reduce_after >= layers:
             raise ValueError(f"reduce_after is {self.reduce_after}; allowed: 0..{layers - 1}")
+        if self.encoder_projection >= self.encoder_hidden:
+            raise ValueError(f"encoder_projection is {self.encoder_projection}; allowed: 0..{self.encoder_hidden - 1}")
         if self.dropout >= 1:
             raise ValueError(f"dropout is {self.dropout}; allowed: 0 <= dropout < 1")
 

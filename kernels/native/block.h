@@ -33,7 +33,6 @@ struct BlockKernels {
     using Floats = typename Simd::Floats;
     using Bytes = typename Simd::Bytes;
 
-    static constexpr int AHEAD = 2048;           // bytes of codes that are fetched before they are needed
     static constexpr int FEW = Simd::BUNDLE / 4;  // tokens that have room for four sums each
     static constexpr int STRETCH = 4;            // tiles, the 128 columns above
     static constexpr int MANY = 64;              // tokens whose totals are kept in the cache
@@ -54,9 +53,14 @@ struct BlockKernels {
         return weight.codebook_kind == GQ_E4M3 ? Simd::mul(scale, Simd::set(1.0f / 256.0f)) : scale;
     }
 
+    // Fetches codes before they are needed: into the nearest cache and, where few bits make them go by fast, long before
+    // into the next one.
     template <int BITS>
     GQ_INLINE static void prefetch(const uint8_t* tile) {
-        for (int j = 0; j < BITS; ++j) Simd::prefetch(tile + AHEAD + 64 * j);
+        for (int j = 0; j < BITS; ++j) {
+            __builtin_prefetch(tile + 1024 + 64 * j, 0, 3);
+            if (BITS < 6) __builtin_prefetch(tile + 32768 + 64 * j, 0, 2);
+        }
     }
 
     // f(Index<tokens of the bundle>, its first token), bundle by bundle; none holds more than MOST.
@@ -90,9 +94,9 @@ struct BlockKernels {
         byte_entries<BITS>(weight, Simd::OFFSET, entries);
         const typename Simd::template Decoder<BITS> decoder(entries);
         int64_t i = 0;
-        // Few tokens wait for the codes: several streams of them come faster than one.
-        for (; x.count <= FEW && i + 4 <= blocks; i += 4)
-            integer_blocks<BITS, 4>(decoder, weight, first_block + i, x, y + i * stride, stride);
+        // Few tokens wait for the codes: two streams of them come faster than one.
+        for (; x.count <= FEW && i + 2 <= blocks; i += 2)
+            integer_blocks<BITS, 2>(decoder, weight, first_block + i, x, y + i * stride, stride);
         for (; i < blocks; ++i) integer_blocks<BITS, 1>(decoder, weight, first_block + i, x, y + i * stride, stride);
     }
 
@@ -102,7 +106,7 @@ struct BlockKernels {
         const uint8_t* codes = weight.panels + first_block * weight.block_bytes();
         Floats factor[BLOCKS];
         for (int b = 0; b < BLOCKS; ++b) factor[b] = factors(weight, first_block + b);
-        bundles<Simd::BUNDLE / BLOCKS>(x.count, [&](auto size, int64_t first) GQ_INLINED {
+        bundles<BLOCKS == 1 ? Simd::BUNDLE : FEW>(x.count, [&](auto size, int64_t first) GQ_INLINED {
             integer_bundle<BITS, BLOCKS, size.value>(decoder, codes, weight.block_bytes(), x, first, factor, y, stride);
         });
     }
@@ -110,7 +114,7 @@ struct BlockKernels {
     template <int BITS, int BLOCKS, int TOKENS, class Decoder>
     static void integer_bundle(const Decoder& decoder, const uint8_t* tile, int64_t block_bytes, const gq::Tokens& x,
                                int64_t first, const Floats* factor, float* y, int64_t stride) {
-        constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 4);
+        constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 8);
         Ints sums[RESULTS][SUMS];
         repeat<RESULTS * SUMS>([&](auto i) GQ_INLINED { sums[i.value / SUMS][i.value % SUMS] = Simd::zero(); });
         const int8_t* q = x.q + first * x.padded;
@@ -141,7 +145,7 @@ struct BlockKernels {
 
     static float e4m3(uint8_t byte) {  // without subnormal numbers, which a thread may have switched off
         const uint32_t size = byte & 127, bits = ((size << 20) + (120u << 23)) | (byte & 128u) << 24;
-        const float small = static_cast<float>(byte & 128 ? -static_cast<int>(size) : static_cast<int>(size)) / 512.0f;
+        const float small = static_cast<float>(size) / (byte & 128 ? -512.0f : 512.0f);
         float normal;
         __builtin_memcpy(&normal, &bits, 4);
         return size < 8 ? small : normal;

@@ -121,6 +121,7 @@ int32_t gq_depthwise_conv1d(const gq_weight* weight, const float* x, int64_t x_c
         check_between("threads", threads, 1, MOST);
         thread_local Scratch<float> scratch;
         const int64_t items = conv.batch * conv.weight.blocks(), size = Room::size(conv);
+        if (!items) return;  // without rows, taps take no memory
         const int64_t multiplications = elements(y_count, conv.taps());
         const int64_t useful = std::min<int64_t>(worthwhile(threads, multiplications), items);
         const int most = static_cast<int>(std::max<int64_t>(1, useful));

@@ -130,7 +130,7 @@ void for_rows(const Weight& weight, const Function& f) {
 void to_panels(const Weight& weight, const uint8_t* planes, uint8_t* panels) {
     const std::vector<Field> fields = fields_of(weight.bits, weight.rows * weight.columns);
     const std::vector<uint8_t> map = stored_bytes(weight);
-    std::vector<uint8_t> codes(weight.columns);
+    std::vector<uint8_t> codes(weight.rows ? weight.columns : 0);  // without rows, columns take no memory
     std::memset(panels, weight.stores_values() ? 128 : 0, weight.blocks() * weight.block_bytes());
     for_rows(weight, [&](int64_t row, int64_t block, int64_t lane) {
         uint8_t* to = panels + block * weight.block_bytes();
@@ -143,7 +143,7 @@ void to_panels(const Weight& weight, const uint8_t* planes, uint8_t* panels) {
 void to_planes(const Weight& weight, uint8_t* planes, int64_t plane_bytes) {
     const std::vector<Field> fields = fields_of(weight.bits, weight.rows * weight.columns);
     const std::vector<int16_t> map = codes_of(stored_bytes(weight));
-    std::vector<uint8_t> codes(weight.columns);
+    std::vector<uint8_t> codes(weight.rows ? weight.columns : 0);
     std::memset(planes, 0, plane_bytes);
     for_rows(weight, [&](int64_t row, int64_t block, int64_t lane) {
         const uint8_t* from = weight.panels + block * weight.block_bytes();

@@ -323,6 +323,7 @@ Layer check_layer(const gq_recurrent_arguments* arguments) {
                 check_operand("hh", of.hh, "hh_activations", of.hh_activations), {}, current_isa()};
     const int groups = layer.ih.weight.groups;
     if (groups != 3 && groups != 4) refuse("ih.groups must be 4 (LSTM) or 3 (GRU), got %d", groups);
+    check_between("ih.rows", layer.ih.weight.rows, 1, INT64_MAX);
     if (of.hr) layer.hr = check_operand("hr", of.hr, "hr_activations", of.hr_activations);
     if (of.hr && !layer.is_lstm()) refuse("hr must be NULL of a GRU");
     const int64_t hidden = layer.hidden(), size = of.hr ? layer.hr.weight.rows : hidden;

@@ -212,7 +212,6 @@ struct Simd {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(low, high));
     }
 
-    __attribute__((always_inline)) static void prefetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
 };
 
 }  // namespace

@@ -210,7 +210,6 @@ struct Simd {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
     }
 
-    __attribute__((always_inline)) static void prefetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
 };
 
 // Codes of 8 bits are flipped.

@@ -212,7 +212,6 @@ struct Simd {
         vst1_s8(to + 8, vmovn_s16(vcombine_s16(words[2], words[3])));
     }
 
-    __attribute__((always_inline)) static void prefetch(const uint8_t* from) { __builtin_prefetch(from); }
 };
 
 }  // namespace

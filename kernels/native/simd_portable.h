@@ -39,22 +39,26 @@ struct Simd {
         template <int J>
         GQ_CALLED Bytes group(const uint8_t* tile) const {
             Bytes bytes;
-            for (int place = 0; place < 64; ++place) bytes.at[place] = map[code<J>(tile, place)];
+            for (int place = 0; place < 64; ++place) bytes.at[place] = code<J>(tile + place);
+            for (int place = 0; place < 64; ++place) bytes.at[place] = map[bytes.at[place]];
             return bytes;
         }
 
+        // The code at that place, its fields put together.
         template <int J>
-        static int code(const uint8_t* tile, int place) {
-            if constexpr (BITS == 8) return tile[64 * J + place];
-            const uint8_t* plane = tile;
+        static uint8_t code(const uint8_t* place) {
+            if constexpr (BITS == 8) return place[64 * J];
             int code = 0;
-            for (int width = 4; width; width /= 2) {
-                if (!(BITS & width)) continue;
-                const int fields = 8 / width;
-                code = code << width | (plane[64 * (J / fields) + place] >> J % fields * width & ((1 << width) - 1));
-                plane += 64 * width;
-            }
-            return code;
+            if constexpr (BITS & 4) code = field<4, J>(place);
+            if constexpr (BITS & 2) code = code << 2 | field<2, J>(place + 64 * (BITS & 4));
+            if constexpr (BITS & 1) code = code << 1 | field<1, J>(place + 64 * (BITS & 6));
+            return static_cast<uint8_t>(code);
+        }
+
+        template <int WIDTH, int J>
+        static int field(const uint8_t* plane) {
+            constexpr int FIELDS = 8 / WIDTH;
+            return plane[64 * (J / FIELDS)] >> J % FIELDS * WIDTH & ((1 << WIDTH) - 1);
         }
     };
 
@@ -156,8 +160,6 @@ struct Simd {
         for (int lane = 0; lane < 16; ++lane) to[lane] = static_cast<int8_t>(a.at[lane]);
     }
 
-    // Inlined always: GCC takes a call that has no result for one that has no effect.
-    __attribute__((always_inline)) static void prefetch(const uint8_t* from) { __builtin_prefetch(from); }
 };
 
 }  // namespace

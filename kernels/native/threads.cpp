@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <algorithm>
+#include <cfenv>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -45,6 +46,7 @@ class Pool {
             body_ = body;
             context_ = context;
             count_ = count;
+            std::fegetenv(&environment_);
             left_.store(count - 1, std::memory_order_relaxed);
             job_.fetch_add(1, std::memory_order_release);
         }
@@ -72,8 +74,10 @@ class Pool {
             const auto body = body_;
             const auto context = context_;
             const int count = count_;
+            const std::fenv_t environment = environment_;
             lock.unlock();
             if (index >= count) continue;
+            std::fesetenv(&environment);
             body(context, index, count);
             left_.fetch_sub(1, std::memory_order_release);
         }
@@ -87,6 +91,7 @@ class Pool {
     void (*body_)(const void*, int, int) = nullptr;
     const void* context_ = nullptr;
     int count_ = 0;
+    std::fenv_t environment_;  // the caller's: whether subnormal numbers count as 0
 };
 
 // The pool lives as long as the process. A forked child has none of its threads and makes its own; what it inherits is

@@ -334,6 +334,17 @@ def test_threads_change_nothing(tokens, quantized):
         assert same(run(weight, x, bias, quantized, threads), expected)
 
 
+def test_threads_treat_subnormal_numbers_as_their_caller_does():
+    weight, x = Panels(1200, 700, 4, torch.float32), 1e-37 * torch.randn(4, 700)
+    run(weight, x, threads=2)  # from here on there are threads
+    if not torch.set_flush_denormal(True):
+        pytest.skip("subnormal numbers cannot be flushed here")
+    try:
+        assert same(run(weight, x, threads=2), run(weight, x))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_calls_from_many_threads():
     weights = [Panels(1000, 500, bits, torch.int8) for bits in (2, 4, 8)]
     x = torch.randn(3, 500)
@@ -412,6 +423,12 @@ def test_integer_sums_that_could_overflow_are_refused():
     with pytest.raises(ValueError, match="weight.columns must be from 0 to 131072, got 131073"):
         run(weight, torch.zeros(1, columns), None, "int8")
     assert run(weight, torch.zeros(1, columns)).item() == 0
+
+
+def test_columns_of_no_rows_take_no_memory():
+    nothing = torch.empty(0, dtype=torch.uint8)
+    native.to_panels(nothing, torch.zeros(16), nothing, 4, 0, 1 << 40)
+    native.to_planes(nothing, torch.zeros(16), nothing, 4, 0, 1 << 40)
 
 
 def test_codebooks_and_planes_that_are_refused():

@@ -96,6 +96,12 @@ def test_one_output_and_none():
     assert Problem(batch=0).run().shape == (0, 50, 37)
 
 
+def test_taps_of_no_channels_take_no_memory():
+    taps, nothing, empty = (1 << 31) - 1, torch.empty(0, dtype=torch.uint8), torch.empty(1, 1, 0)
+    weight = native.Weight(nothing, torch.zeros(16), torch.empty(0), 4, 0, taps)
+    native.depthwise_conv1d(empty, weight, None, empty, padding=taps // 2)
+
+
 def test_not_a_number_stays_in_its_windows():
     problem = Problem(taps=3, padding=1)
     problem.x[1, 20, 5] = torch.nan

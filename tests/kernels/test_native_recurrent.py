@@ -306,6 +306,12 @@ def test_arguments_that_are_refused(name, change, message):
         layer.run()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_units_are_refused(kind):
+    with pytest.raises(ValueError, match="ih.rows must be from 1"):
+        Layer(kind, hidden=0).run()
+
+
 def test_threads_that_are_refused():
     with pytest.raises(ValueError, match="threads must be from 1"):
         Layer().run(threads=0)

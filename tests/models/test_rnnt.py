@@ -132,6 +132,7 @@ def test_config_round_trip_and_refusals():
         (dict(vocab_size=1), "vocab_size is 1"),
         (dict(encoder_layers=0), "encoder_layers is 0"),
         (dict(reduce_after=3), "reduce_after is 3; allowed: 0..2"),
+        (dict(encoder_hidden=8, encoder_projection=8), "encoder_projection is 8; allowed: 0..7"),
         (dict(dropout=1.0), "dropout is 1.0"),
         (dict(joint=-1), "joint is -1"),
     ]:

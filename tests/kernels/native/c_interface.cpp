@@ -5,10 +5,8 @@
 //   c_interface threads SEED ROUNDS   from several threads at once
 //   c_interface fork                  in the child of a process that has used threads
 
-#if !defined(_WIN32)
 #include <sys/wait.h>
 #include <unistd.h>
-#endif
 
 #include <chrono>
 #include <cmath>
@@ -176,7 +174,9 @@ void compare_decoded(Random& random, const Shape& shape) {
         for (int64_t i = 0; i < indices.size(); ++i)
             for (int64_t k = 0; k < shape.columns; ++k) {
                 const float expected = packed.row_scale(indices[i]) * packed.value(packed.code(indices[i], k));
-                require(same(out[i * shape.columns + k], expected), "a row differs on " + isa + ", " + describe(shape));
+                const float got = out[i * shape.columns + k];
+                require(same(got, expected), "decoded " + std::to_string(got) + ", not " + std::to_string(expected) + ", on " +
+                                                 isa + ", " + describe(shape));
             }
     });
 }
@@ -306,7 +306,7 @@ void add_weight(std::vector<Field>& fields, gq_weight& weight) {
     fields.push_back(field("codebook", POINTER, &weight.codebook));
     fields.push_back(field("codebook_bytes", COUNT, &weight.codebook_bytes));
     fields.push_back(field("scale", POINTER, &weight.scale));
-    fields.push_back(field("scales", COUNT, &weight.scales));
+    fields.push_back(field("scales", weight.scales == 1 ? LENGTH : COUNT, &weight.scales));
     fields.push_back(field("rows", COUNT, &weight.rows));
     fields.push_back(field("columns", COUNT, &weight.columns));
     fields.push_back(field("bits", CHOICE, &weight.bits));
@@ -587,7 +587,6 @@ void from_several_threads(uint64_t seed, int64_t rounds) {
     printf("agree\n");
 }
 
-#if !defined(_WIN32)
 void in_a_child() {
     call_everything(1, 3);
     for (int generation = 0; generation < 3; ++generation) {
@@ -609,7 +608,6 @@ void in_a_child() {
     }
     printf("agree\n");
 }
-#endif
 
 void run(const std::vector<std::string>& arguments) {
     const auto number = [&](size_t i) { return i < arguments.size() ? std::stoll(arguments[i]) : 1; };
@@ -617,9 +615,7 @@ void run(const std::vector<std::string>& arguments) {
     if (mode == "compare") return compare(number(1), number(2));
     if (mode == "fuzz") return fuzz(number(1), number(2));
     if (mode == "threads") return from_several_threads(number(1), number(2));
-#if !defined(_WIN32)
     if (mode == "fork") return in_a_child();
-#endif
     throw std::string("usage: c_interface compare|fuzz|threads|fork SEED COUNT");
 }
 

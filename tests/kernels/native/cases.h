@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <memory>
 #include <string>
@@ -37,30 +39,39 @@ class Random {
     uint64_t state_;
 };
 
-// An array that ends where its memory does and begins no better aligned than its elements must be.
+// Memory beyond which nobody reads or writes unseen.
+inline std::shared_ptr<char> allocate(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)  // which watches what lies before it, too
+    return {static_cast<char*>(malloc(bytes + 8)) + 8, [](char* first) { free(first - 8); }};
+#else  // a page that must not be touched
+    const size_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page + page;
+    void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* end = static_cast<char*>(pages) + size - page;
+    mprotect(end, page, PROT_NONE);
+    return {end - bytes, [=](char*) { munmap(pages, size); }};
+#endif
+}
+
+// An array that ends where its memory does, begins no better aligned than its elements must be, and is full of NaN at
+// first, so that what is left unwritten shows.
 template <class T>
 class Exact {
    public:
     Exact() : Exact(0) {}
-    explicit Exact(int64_t count, int64_t alignment = sizeof(T)) : count_(count) {
-        const size_t bytes = count * sizeof(T);
-        memory_.reset(static_cast<char*>(malloc(bytes + alignment)));
-        first_ = reinterpret_cast<T*>(memory_.get() + alignment);
-        memset(memory_.get() + alignment, 0xFF, bytes);  // NaN, so that what is left unwritten shows
+    explicit Exact(int64_t count) : memory_(allocate(count * sizeof(T))), count_(count) {
+        memset(memory_.get(), 0xFF, count * sizeof(T));
     }
+    Exact(Exact&&) = default;
+    Exact& operator=(Exact&&) = default;
 
-    T* data() const { return first_; }
+    T* data() const { return reinterpret_cast<T*>(memory_.get()); }
     int64_t size() const { return count_; }
-    T& operator[](int64_t i) const { return first_[i]; }
-    T* begin() const { return first_; }
-    T* end() const { return first_ + count_; }
+    T& operator[](int64_t i) const { return data()[i]; }
+    T* begin() const { return data(); }
+    T* end() const { return data() + count_; }
 
    private:
-    struct Free {
-        void operator()(char* memory) const { free(memory); }
-    };
-    std::unique_ptr<char, Free> memory_;
-    T* first_;
+    std::shared_ptr<char> memory_;
     int64_t count_;
 };
 
@@ -133,7 +144,7 @@ struct Packed {
 
     Packed(Random& random, const Shape& of)
         : shape(of),
-          codebook((int64_t{1} << of.bits) * (of.kind == GQ_FLOAT32 ? 4 : 1), 4),
+          codebook((int64_t{1} << of.bits) * (of.kind == GQ_FLOAT32 ? 4 : 1)),
           panels(gq_panel_bytes(of.bits, of.rows, of.columns, of.groups)),
           scale(of.scale_per_row ? of.rows : 1) {
         for (int code = 0; code < 1 << of.bits; ++code) set_entry(code, random);

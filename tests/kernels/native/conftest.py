@@ -17,6 +17,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 NATIVE = ROOT / "kernels" / "native"
+C_INTERFACE = HERE / "c_interface.cpp"
 STANDARD = ("-std=c++17", "-ffp-contract=off", "-pthread", "-I", str(NATIVE))
 
 
@@ -36,28 +37,31 @@ class Compiler:
         self._call(*STANDARD, *flags, "-c", str(source), "-o", str(target))
         return target
 
-    def program(self, name: str, sources: list[tuple[Path, list[str]]], flags: list[str]) -> Path:
-        """The program made of (source, its flags), linked with ``flags``."""
+    def program(self, name: str, sources: list[tuple[Path, list[str]]], *link: str) -> Path:
+        """The program made of (source, its flags), linked with more flags."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: self.compile(*source), sources))
-        self._call(*flags, *self.link, *map(str, objects), "-o", str(self.folder / name))
+        self._call(*map(str, objects), *link, *self.link, "-o", str(self.folder / name))
         return self.folder / name
 
-    def c_interface(self, flags: list[str], isa_flags: list[str]) -> Path:
-        """c_interface.cpp with the whole library; ``isa_flags``: of the kernels of each instruction set but "portable",
-        which take longest to compile."""
-        plain = [NATIVE / "isa_portable.cpp", HERE / "c_interface.cpp"]
+    def c_interface(self, flags: list[str]) -> Path:
+        """c_interface.cpp with the whole library."""
+        plain = [NATIVE / "isa_portable.cpp", C_INTERFACE]
         plain += [source for source in NATIVE.glob("*.cpp") if not source.name.startswith("isa")]
-        sources = [(NATIVE / f"isa_{name}.cpp", [*isa_flags, *own]) for name, own in self.isas.items()]
+        sources = [(NATIVE / f"isa_{name}.cpp", [*flags, *own]) for name, own in self.isas.items()]
         sources += [(source, flags) for source in sorted(plain)]
         sources += [(NATIVE / "isa.cpp", [*flags, *(f"-DGQ_HAS_{name.upper()}" for name in self.isas)])]
-        return self.program("c_interface", sources, flags)
+        return self.program("c_interface", sources, *flags)
+
+    def c_interface_on(self, library: Path) -> Path:
+        """c_interface.cpp on a library that there is."""
+        return self.program("c_interface", [(C_INTERFACE, ["-O1"])], str(library), f"-Wl,-rpath,{library.parent}")
 
     def simd(self, isa: str) -> Path:
         """simd.cpp for an instruction set."""
         header = "simd_avx2.h" if isa == "avxvnni" else f"simd_{isa}.h"
         flags = ["-O1", *self.isas[isa], f'-DSIMD_HEADER="{header}"']
-        return self.program(f"simd_{isa}", [(HERE / "simd.cpp", flags)], [])
+        return self.program(f"simd_{isa}", [(HERE / "simd.cpp", flags)])
 
     def run(self, program: Path, *arguments: object) -> str:
         """What the program prints; it must succeed."""
