@@ -55,7 +55,7 @@ def convert(
 
     Raises:
         ValueError: if ``packed`` is not of that size, or ``groups`` does not divide ``rows``.
-        RuntimeError: if one of the layouts is panels, and there is no native library.
+        RuntimeError: if ``target`` is panels, and there is no native library.
     """
     if source == target:
         return packed

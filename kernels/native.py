@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 ABI = 1  # GQ_ABI of gq_native.h
+ISAS = ("avx512", "avxvnni", "avx2", "neon", "portable")
 ACTIVATIONS = {"none": 0, "int8": 1, "fp8": 2}
 CODEBOOKS = {"float32": 0, "int8": 1, "float8_e4m3fn": 2}
 
@@ -77,6 +78,8 @@ class _Missing:
 
 def _load() -> Any:
     wanted = os.environ.get("GQ_TRITON_CPU", "")
+    if wanted not in ("", "torch", *ISAS):
+        raise ValueError(f"GQ_TRITON_CPU must be one of {', '.join(ISAS)} or torch, got {wanted}")
     if wanted == "torch":
         return _Missing("GQ_TRITON_CPU is torch")
     path = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")

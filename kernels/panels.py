@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gq_triton.kernels import native
 from gq_triton.kernels.backend import cdiv
-from gq_triton.kernels.packing import packed_bytes
+from gq_triton.kernels.packing import PLANES, pack, packed_bytes
 from gq_triton.kernels.tiles import row_blocks
 
 __all__ = ["native_weight", "panel", "panel_bytes", "unpanel"]
@@ -76,6 +76,8 @@ def unpanel(panels: Tensor, codebook: Tensor, bits: int, rows: int, columns: int
 
     Of several codes with equal entries in an int8 codebook of 8 bits it is the first.
     """
+    if not native.available():  # as where a program is run that was exported with the library
+        return pack(_codes(panels, codebook, bits, rows, columns, groups), bits)
     out = torch.empty(packed_bytes(rows * columns, bits), dtype=torch.uint8)
     native.to_planes(_on_cpu(panels), _on_cpu(codebook), out, bits, rows, columns, groups)
     return out.to(panels.device)
@@ -84,6 +86,29 @@ def unpanel(panels: Tensor, codebook: Tensor, bits: int, rows: int, columns: int
 @unpanel.register_fake
 def _(panels, codebook, bits, rows, columns, groups=1):
     return panels.new_empty(packed_bytes(rows * columns, bits))
+
+
+def _codes(panels: Tensor, codebook: Tensor, bits: int, rows: int, columns: int, groups: int) -> Tensor:
+    """The codes (rows, columns), uint8, of panels, by torch alone."""
+    if panels.numel() != panel_bytes(rows, columns, bits, groups):
+        raise ValueError(f"panels must have {panel_bytes(rows, columns, bits, groups)} bytes, got {panels.numel()}")
+    blocks, tiles = row_blocks(rows // groups), cdiv(columns, 32)
+    registers = panels.view(blocks, groups, tiles, bits, 64)
+    if bits == 8:
+        codes = _first_codes(codebook)[registers.int()] if codebook.dtype == torch.int8 else registers
+    else:
+        codes = torch.zeros(blocks, groups, tiles, 8, 64, dtype=torch.uint8, device=panels.device)
+        for width, plane in zip(PLANES[bits], registers.split(PLANES[bits], 3), strict=True):
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=panels.device).view(-1, 1)
+            codes = codes << width | (plane.unsqueeze(4) >> shifts & (1 << width) - 1).view_as(codes)
+    codes = codes.view(blocks, groups, tiles, 8, 16, 4).permute(1, 0, 4, 2, 3, 5)
+    return codes.reshape(groups, blocks * 16, tiles * 32)[:, : rows // groups, :columns].reshape(rows, columns)
+
+
+def _first_codes(codebook: Tensor) -> Tensor:
+    """(256,) uint8: the first code of each entry, plus 128, of an int8 codebook."""
+    codes = torch.arange(256, device=codebook.device)
+    return codes.scatter_reduce(0, codebook.long() + 128, codes, "amin", include_self=False).to(torch.uint8)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -72,8 +72,7 @@ def info(
     names: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Versions, the device that commands use, its native CPU kernels, and optional packages; or GPU kernels and what they
-    cost."""
+    """Versions, the device that commands use, CPU kernels and optional packages; or GPU kernels and what they cost."""
     if kernels:
         rows = _measure_kernels(bits or (4,), dtypes or ("bf16",), parts or tuple(PARTS), names or ("*",))
         emit(rows, f"{table(HEADER, [_kernel_cells(row) for row in rows])}\n\n{LEGEND}", as_json)

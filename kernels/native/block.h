@@ -1,8 +1,9 @@
 // The product of blocks, 16 rows of a weight each, with tokens.
 //
-// Codes are decoded once for all tokens of a bundle, whose sums stay in registers. A token has up to four sums, so that
-// additions need not wait for one another. Integers are exact in any order. Floats are summed in the same order for any
-// number of tokens: 128 columns at a time, column k into sum k mod 4, and the four sums one after the other into a total.
+// Few tokens: weights are decoded in registers, and all sums are kept there; several for each token, so that additions
+// need not wait for one another. Many tokens: a stretch of 128 columns of two blocks is decoded into the cache, for all of
+// them. Integers are exact in any order. Floats are summed in the same order for any number of tokens: a stretch at a
+// time, column k into sum k mod 4, and these four one after the other into a total.
 
 #pragma once
 
@@ -63,6 +64,29 @@ struct BlockKernels {
         }
     }
 
+    // BLOCKS blocks and where their products belong.
+    template <int BLOCKS>
+    struct Place {
+        const uint8_t* codes;
+        int64_t block_bytes;
+        float* y;
+        int64_t stride;  // from block to block
+        Floats factor[BLOCKS];
+
+        Place(const gq::Weight& weight, int64_t block, float* y, int64_t stride)
+            : codes(weight.panels + block * weight.block_bytes()), block_bytes(weight.block_bytes()), y(y), stride(stride) {
+            for (int b = 0; b < BLOCKS; ++b) factor[b] = factors(weight, block + b);
+        }
+    };
+
+    // f(Index<2>, the first of two blocks), and f(Index<1>, ...) if one is left over.
+    template <class Function>
+    GQ_INLINE static void pairs(int64_t blocks, const Function& f) {
+        int64_t i = 0;
+        for (; i + 2 <= blocks; i += 2) f(Index<2>(), i);
+        if (i < blocks) f(Index<1>(), i);
+    }
+
     // f(Index<tokens of the bundle>, its first token), bundle by bundle; none holds more than MOST.
     template <int MOST, class Function>
     GQ_INLINE static void bundles(int64_t count, const Function& f) {
@@ -93,34 +117,28 @@ struct BlockKernels {
         uint8_t entries[1 << BITS];
         byte_entries<BITS>(weight, Simd::OFFSET, entries);
         const typename Simd::template Decoder<BITS> decoder(entries);
-        int64_t i = 0;
-        // Few tokens wait for the codes: two streams of them come faster than one.
-        for (; x.count <= FEW && i + 2 <= blocks; i += 2)
-            integer_blocks<BITS, 2>(decoder, weight, first_block + i, x, y + i * stride, stride);
-        for (; i < blocks; ++i) integer_blocks<BITS, 1>(decoder, weight, first_block + i, x, y + i * stride, stride);
-    }
-
-    template <int BITS, int BLOCKS, class Decoder>
-    static void integer_blocks(const Decoder& decoder, const gq::Weight& weight, int64_t first_block, const gq::Tokens& x,
-                               float* y, int64_t stride) {
-        const uint8_t* codes = weight.panels + first_block * weight.block_bytes();
-        Floats factor[BLOCKS];
-        for (int b = 0; b < BLOCKS; ++b) factor[b] = factors(weight, first_block + b);
-        bundles<BLOCKS == 1 ? Simd::BUNDLE : FEW>(x.count, [&](auto size, int64_t first) GQ_INLINED {
-            integer_bundle<BITS, BLOCKS, size.value>(decoder, codes, weight.block_bytes(), x, first, factor, y, stride);
+        // Codes of two blocks are two streams, which come faster than one.
+        pairs(blocks, [&](auto size, int64_t i) GQ_INLINED {
+            const Place<size.value> place(weight, first_block + i, y + i * stride, stride);
+            if (x.count <= FEW)
+                bundles<FEW>(x.count, [&](auto tokens, int64_t first) GQ_INLINED {
+                    few_integers<BITS, size.value, tokens.value>(decoder, place, x, first);
+                });
+            else
+                for (int64_t first = 0; first < x.count; first += MANY) many_integers<BITS>(decoder, place, x, first);
         });
     }
 
     template <int BITS, int BLOCKS, int TOKENS, class Decoder>
-    static void integer_bundle(const Decoder& decoder, const uint8_t* tile, int64_t block_bytes, const gq::Tokens& x,
-                               int64_t first, const Floats* factor, float* y, int64_t stride) {
+    static void few_integers(const Decoder& decoder, const Place<BLOCKS>& place, const gq::Tokens& x, int64_t first) {
         constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 8);
         Ints sums[RESULTS][SUMS];
         repeat<RESULTS * SUMS>([&](auto i) GQ_INLINED { sums[i.value / SUMS][i.value % SUMS] = Simd::zero(); });
+        const uint8_t* tile = place.codes;
         const int8_t* q = x.q + first * x.padded;
         for (const int8_t* end = q + TOKENS * x.padded; q != end; q += TOKENS * gq::TILE, tile += 64 * BITS) {
             repeat<BLOCKS>([&](auto b) GQ_INLINED {
-                const uint8_t* codes = tile + b.value * block_bytes;
+                const uint8_t* codes = tile + b.value * place.block_bytes;
                 prefetch<BITS>(codes);
                 repeat<8>([&](auto j) GQ_INLINED {
                     const Bytes weights = decoder.template group<j.value>(codes);
@@ -133,11 +151,69 @@ struct BlockKernels {
         }
         repeat<RESULTS>([&](auto i) GQ_INLINED {
             constexpr int b = i.value / TOKENS, t = i.value % TOKENS;
-            if (first + t >= x.count) return;
-            Ints total = Simd::set_ints(-Simd::OFFSET * x.sum[first + t]);
-            repeat<SUMS>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[i.value][s.value]); });
-            const Floats scale = Simd::mul(Simd::set(x.scale[first + t]), factor[b]);
-            Simd::store(y + b * stride + 16 * (first + t), Simd::mul(Simd::to_floats(total), scale));
+            Ints total = sums[i.value][0];
+            repeat<SUMS - 1>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[i.value][s.value + 1]); });
+            if (first + t < x.count) put_integers(place, b, x, first + t, total);
+        });
+    }
+
+    template <int BLOCKS>
+    GQ_INLINE static void put_integers(const Place<BLOCKS>& place, int block, const gq::Tokens& x, int64_t t, Ints total) {
+        total = Simd::add(total, Simd::set_ints(-Simd::OFFSET * x.sum[t]));
+        const Floats scale = Simd::mul(Simd::set(x.scale[t]), place.factor[block]);
+        Simd::store(place.y + block * place.stride + 16 * t, Simd::mul(Simd::to_floats(total), scale));
+    }
+
+    template <int BITS, int BLOCKS, class Decoder>
+    static void many_integers(const Decoder& decoder, const Place<BLOCKS>& place, const gq::Tokens& x, int64_t first) {
+        Bytes weights[BLOCKS][STRETCH * 8];
+        Ints totals[BLOCKS][MANY];
+        const int64_t count = x.count - first < MANY ? x.count - first : MANY, tiles = x.padded / gq::TILE;
+        for (int b = 0; b < BLOCKS; ++b)
+            for (int t = 0; t < MANY; ++t) totals[b][t] = Simd::zero();
+        for (int64_t tile = 0; tile < tiles; tile += STRETCH) {
+            const int64_t stretch = tiles - tile < STRETCH ? tiles - tile : STRETCH;
+            for (int b = 0; b < BLOCKS; ++b)
+                for (int64_t i = 0; i < stretch; ++i)
+                    decode_bytes<BITS>(decoder, place.codes + b * place.block_bytes + (tile + i) * 64 * BITS,
+                                       weights[b] + 8 * i);
+            bundles<Simd::BUNDLE>(count, [&](auto size, int64_t token) GQ_INLINED {
+                constexpr int ROOM = Simd::BUNDLE / BLOCKS, TOKENS = size.value < ROOM ? size.value : ROOM;
+                const int8_t* q = x.q + (first + token) * x.padded + size.value * tile * gq::TILE;
+                for (int t = 0; t < size.value; t += TOKENS)
+                    multiply<BLOCKS, TOKENS>(weights[0], 8 * stretch, q + 4 * t, 4 * size.value, totals[0] + token + t);
+            });
+        }
+        for (int b = 0; b < BLOCKS; ++b)
+            for (int64_t t = 0; t < count; ++t) put_integers(place, b, x, first + t, totals[b][t]);
+    }
+
+    template <int BITS, class Decoder>
+    static void decode_bytes(const Decoder& decoder, const uint8_t* tile, Bytes* weights) {
+        prefetch<BITS>(tile);
+        repeat<8>([&](auto j) GQ_INLINED { weights[j.value] = decoder.template group<j.value>(tile); });
+    }
+
+    // totals[block][token] += the products of a stretch's groups of four columns; those of x are `step` apart. Weights and
+    // totals of the second block lie behind those of a whole stretch and of MANY tokens.
+    template <int BLOCKS, int TOKENS>
+    GQ_CALLED static void multiply(const Bytes* weights, int64_t groups, const int8_t* x, int64_t step, Ints* totals) {
+        constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 8);
+        Ints sums[SUMS][RESULTS];
+        repeat<SUMS * RESULTS>([&](auto i) GQ_INLINED { sums[i.value / RESULTS][i.value % RESULTS] = Simd::zero(); });
+        for (int64_t group = 0; group < groups; group += SUMS, weights += SUMS)
+            repeat<SUMS>([&](auto s) GQ_INLINED {
+                repeat<RESULTS>([&](auto i) GQ_INLINED {
+                    constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
+                    const Bytes& weight = weights[s.value + b * STRETCH * 8];
+                    sums[s.value][i.value] = Simd::dot(sums[s.value][i.value], weight, x + 4 * t);
+                });
+                x += step;
+            });
+        repeat<RESULTS>([&](auto i) GQ_INLINED {
+            constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
+            Ints& total = totals[t + b * MANY];
+            repeat<SUMS>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[s.value][i.value]); });
         });
     }
 
@@ -192,22 +268,27 @@ struct BlockKernels {
     static void float_product(const gq::Weight& weight, int64_t first_block, int64_t blocks, const gq::Tokens& x,
                               const uint8_t* codes, const Table& table, float* y, int64_t stride) {
         const typename Simd::template Decoder<BITS> decoder(codes);
-        if (x.count > FEW) return many_tokens<BITS>(decoder, table, weight, first_block, blocks, x, y, stride);
-        const uint8_t* tiles = weight.panels + first_block * weight.block_bytes();
-        for (int64_t i = 0; i < blocks; ++i, tiles += weight.block_bytes(), y += stride) {
-            const Floats factor = factors(weight, first_block + i);
-            bundles<FEW>(x.count, [&](auto size, int64_t first) GQ_INLINED {
-                few_tokens<BITS, size.value>(decoder, table, tiles, x, first, factor, y);
+        if (x.count <= FEW)
+            for (int64_t i = 0; i < blocks; ++i) {
+                const Place<1> place(weight, first_block + i, y + i * stride, stride);
+                bundles<FEW>(x.count, [&](auto tokens, int64_t first) GQ_INLINED {
+                    few_floats<BITS, tokens.value>(decoder, table, place, x, first);
+                });
+            }
+        else
+            pairs(blocks, [&](auto size, int64_t i) GQ_INLINED {
+                const Place<size.value> place(weight, first_block + i, y + i * stride, stride);
+                for (int64_t first = 0; first < x.count; first += MANY)
+                    many_floats<BITS>(decoder, table, place, x, first);
             });
-        }
     }
 
-    // Weights never leave the registers.
     template <int BITS, int TOKENS, class Decoder, class Table>
-    static void few_tokens(const Decoder& decoder, const Table& table, const uint8_t* tile, const gq::Tokens& x,
-                           int64_t first, Floats factor, float* y) {
+    static void few_floats(const Decoder& decoder, const Table& table, const Place<1>& place, const gq::Tokens& x,
+                           int64_t first) {
         Floats totals[TOKENS];
         repeat<TOKENS>([&](auto t) GQ_INLINED { totals[t.value] = Simd::set(0.0f); });
+        const uint8_t* tile = place.codes;
         const float* number = x.x + first * x.padded;
         for (int64_t left = x.padded / gq::TILE; left > 0; left -= STRETCH) {
             Floats sums[TOKENS][4];
@@ -231,93 +312,69 @@ struct BlockKernels {
             });
         }
         repeat<TOKENS>([&](auto t) GQ_INLINED {
-            if (first + t.value < x.count) Simd::store(y + 16 * (first + t.value), Simd::mul(totals[t.value], factor));
+            if (first + t.value < x.count)
+                Simd::store(place.y + 16 * (first + t.value), Simd::mul(totals[t.value], place.factor[0]));
         });
-    }
-
-    // Weights are decoded into the cache, a stretch of two blocks at a time, for up to MANY tokens.
-    template <int BITS, class Decoder, class Table>
-    static void many_tokens(const Decoder& decoder, const Table& table, const gq::Weight& weight, int64_t first_block,
-                            int64_t blocks, const gq::Tokens& x, float* y, int64_t stride) {
-        for (int64_t first = 0; first < x.count; first += MANY) {
-            gq::Tokens tokens = x;
-            tokens.x += first * x.padded;
-            tokens.count = x.count - first < MANY ? x.count - first : MANY;
-            float* to = y + 16 * first;
-            int64_t i = 0;
-            for (; i + 2 <= blocks; i += 2)
-                decoded_blocks<BITS, 2>(decoder, table, weight, first_block + i, tokens, to + i * stride, stride);
-            if (i < blocks) decoded_blocks<BITS, 1>(decoder, table, weight, first_block + i, tokens, to + i * stride, stride);
-        }
     }
 
     template <int BITS, int BLOCKS, class Decoder, class Table>
-    static void decoded_blocks(const Decoder& decoder, const Table& table, const gq::Weight& weight, int64_t block,
-                               const gq::Tokens& x, float* y, int64_t stride) {
-        alignas(64) float weights[BLOCKS][STRETCH * gq::TILE * 16];
-        alignas(64) float totals[BLOCKS][MANY * 16] = {};
-        const uint8_t* tiles = weight.panels + block * weight.block_bytes();
-        const int64_t count = x.padded / gq::TILE;
-        for (int64_t tile = 0; tile < count; tile += STRETCH) {
-            const int64_t stretch = count - tile < STRETCH ? count - tile : STRETCH;
+    static void many_floats(const Decoder& decoder, const Table& table, const Place<BLOCKS>& place, const gq::Tokens& x,
+                            int64_t first) {
+        Floats weights[BLOCKS][STRETCH * gq::TILE];
+        Floats totals[BLOCKS][MANY];
+        const int64_t count = x.count - first < MANY ? x.count - first : MANY, tiles = x.padded / gq::TILE;
+        for (int b = 0; b < BLOCKS; ++b)
+            for (int t = 0; t < MANY; ++t) totals[b][t] = Simd::set(0.0f);
+        for (int64_t tile = 0; tile < tiles; tile += STRETCH) {
+            const int64_t stretch = tiles - tile < STRETCH ? tiles - tile : STRETCH;
             for (int b = 0; b < BLOCKS; ++b)
                 for (int64_t i = 0; i < stretch; ++i)
-                    decode_tile<BITS>(decoder, table, tiles + b * weight.block_bytes() + (tile + i) * 64 * BITS,
-                                      weights[b] + i * gq::TILE * 16);
-            bundles<Simd::BUNDLE>(x.count, [&](auto size, int64_t first) GQ_INLINED {
+                    decode_floats<BITS>(decoder, table, place.codes + b * place.block_bytes + (tile + i) * 64 * BITS,
+                                        weights[b] + gq::TILE * i);
+            bundles<Simd::BUNDLE>(count, [&](auto size, int64_t token) GQ_INLINED {
                 constexpr int ROOM = Simd::BUNDLE / BLOCKS, TOKENS = size.value < ROOM ? size.value : ROOM;
-                const float* numbers = x.x + first * x.padded + size.value * tile * gq::TILE;
+                const float* numbers = x.x + (first + token) * x.padded + size.value * tile * gq::TILE;
                 for (int t = 0; t < size.value; t += TOKENS)
                     multiply<BLOCKS, TOKENS>(weights[0], 8 * stretch, numbers + 4 * t, 4 * size.value,
-                                             totals[0] + 16 * (first + t));
+                                             totals[0] + token + t);
             });
         }
-        for (int b = 0; b < BLOCKS; ++b) {
-            const Floats factor = factors(weight, block + b);
-            for (int64_t t = 0; t < x.count; ++t)
-                Simd::store(y + b * stride + 16 * t, Simd::mul(Simd::load(totals[b] + 16 * t), factor));
-        }
+        for (int b = 0; b < BLOCKS; ++b)
+            for (int64_t t = 0; t < count; ++t)
+                Simd::store(place.y + b * place.stride + 16 * (first + t), Simd::mul(totals[b][t], place.factor[b]));
     }
 
     template <int BITS, class Decoder, class Table>
-    static void decode_tile(const Decoder& decoder, const Table& table, const uint8_t* tile, float* out) {
+    static void decode_floats(const Decoder& decoder, const Table& table, const uint8_t* tile, Floats* weights) {
         prefetch<BITS>(tile);
         repeat<8>([&](auto j) GQ_INLINED {
             const Bytes codes = decoder.template group<j.value>(tile);
-            repeat<4>([&](auto k) GQ_INLINED {
-                Simd::store(out + 16 * (4 * j.value + k.value), table.template look_up<k.value>(codes));
-            });
+            repeat<4>([&](auto k) GQ_INLINED { weights[4 * j.value + k.value] = table.template look_up<k.value>(codes); });
         });
     }
 
-    // totals[block][token] += weights[block][column] x[token][column], for a stretch's groups of four columns; those of x
-    // are `step` apart. Totals and weights of the second block lie behind those of MANY tokens and of a stretch.
+    // As of integers, in the order of floats.
     template <int BLOCKS, int TOKENS>
-    static void multiply(const float* weights, int64_t groups, const float* x, int64_t step, float* totals) {
+    GQ_CALLED static void multiply(const Floats* weights, int64_t groups, const float* x, int64_t step, Floats* totals) {
         constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 4);
         for (int k = 0; k < 4; k += SUMS) {
             Floats sums[SUMS][RESULTS];
             repeat<SUMS * RESULTS>([&](auto i) GQ_INLINED { sums[i.value / RESULTS][i.value % RESULTS] = Simd::set(0.0f); });
-            const float* weight = weights + 16 * k;
+            const Floats* weight = weights + k;
             const float* number = x + k;
-            for (int64_t group = 0; group < groups; ++group, weight += 64, number += step)
+            for (int64_t group = 0; group < groups; ++group, weight += 4, number += step)
                 repeat<SUMS>([&](auto s) GQ_INLINED {
-                    Floats columns[BLOCKS];
-                    repeat<BLOCKS>([&](auto b) GQ_INLINED {
-                        columns[b.value] = Simd::load(weight + 16 * (s.value + b.value * STRETCH * gq::TILE));
-                    });
                     repeat<RESULTS>([&](auto i) GQ_INLINED {
                         constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
+                        const Floats token = Simd::set(number[4 * t + s.value]);
                         Floats& sum = sums[s.value][i.value];
-                        sum = Simd::fma(columns[b], Simd::set(number[4 * t + s.value]), sum);
+                        sum = Simd::fma(weight[s.value + b * STRETCH * gq::TILE], token, sum);
                     });
                 });
             repeat<RESULTS>([&](auto i) GQ_INLINED {
                 constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
-                float* total = totals + 16 * (t + b * MANY);
-                Floats value = Simd::load(total);
-                repeat<SUMS>([&](auto s) GQ_INLINED { value = Simd::add(value, sums[s.value][i.value]); });
-                Simd::store(total, value);
+                Floats& total = totals[t + b * MANY];
+                repeat<SUMS>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[s.value][i.value]); });
             });
         }
     }

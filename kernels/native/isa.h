@@ -11,6 +11,7 @@
 // linker would keep any one, perhaps with instructions that this processor does not have.
 #define GQ_INLINED __attribute__((always_inline))
 #define GQ_INLINE inline GQ_INLINED
+#define GQ_CALLED __attribute__((noinline))  // much code, of which one copy is enough
 
 namespace gq {
 

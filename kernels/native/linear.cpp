@@ -14,6 +14,7 @@ namespace gq {
 namespace {
 
 constexpr int64_t CHUNK = 64;   // tokens that meet all blocks before the next tokens come: a multiple of every bundle
+constexpr int64_t PART = 1024;  // tokens that are quantized, or laid out, before any is multiplied: whole chunks
 constexpr int64_t RUN = 4096;  // numbers that a call of a kernel gives, at least those of a block
 
 struct Range {
@@ -58,6 +59,20 @@ void multiply(const Isa& isa, const Weight& weight, Path path, const Tokens& x, 
     }
 }
 
+void multiply_part(const Isa& isa, const Weight& weight, int32_t activations, const float* x, int64_t tokens,
+                   const float* bias, float* y, int threads) {
+    thread_local TokenRoom kept;
+    TokenRoom& room = kept;  // of this thread, for all
+    room.reserve(isa, weight, activations, tokens);
+    put_tokens(room, isa.bundle, x, weight.columns, tokens, threads);
+    parallel(worthwhile(threads, tokens * weight.rows * weight.columns), [&](int index, int count) {
+        const Range blocks = part(weight.blocks(), 1, index, count);
+        for (int64_t first = 0; first < tokens; first += CHUNK)
+            multiply(isa, weight, path_of(weight, activations), room.tokens(first, std::min(CHUNK, tokens - first)), blocks,
+                     bias, y + first * weight.rows);
+    });
+}
+
 }  // namespace
 }  // namespace gq
 
@@ -92,16 +107,8 @@ int32_t gq_linear(const gq_weight* weight, int32_t activations, const float* x, 
         check_array("y", y, y_count, elements(tokens, checked.rows));
         check_array("bias", bias, bias_count, bias ? checked.rows : 0);
         elements(elements(tokens, checked.rows), checked.columns);
-        thread_local TokenRoom kept;
-        TokenRoom& room = kept;  // of this thread, for all
-        const Isa& isa = current_isa();
-        room.reserve(isa, checked, activations, tokens);
-        put_tokens(room, isa.bundle, x, checked.columns, tokens, threads);
-        parallel(worthwhile(threads, tokens * checked.rows * checked.columns), [&](int index, int count) {
-            const Range blocks = part(checked.blocks(), 1, index, count);
-            for (int64_t first = 0; first < tokens; first += CHUNK)
-                multiply(isa, checked, path_of(checked, activations),
-                         room.tokens(first, std::min(CHUNK, tokens - first)), blocks, bias, y + first * checked.rows);
-        });
+        for (int64_t first = 0; first < tokens; first += PART)
+            multiply_part(current_isa(), checked, activations, x + first * checked.columns, std::min(PART, tokens - first),
+                          bias, y + first * checked.rows, threads);
     });
 }

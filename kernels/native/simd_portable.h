@@ -8,7 +8,8 @@
 
 #include <stdint.h>
 
-#define GQ_CALLED __attribute__((noinline))  // loops that would make much code if they were unrolled wherever they are used
+#include "isa.h"
+
 
 namespace {
 

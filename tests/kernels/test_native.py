@@ -188,7 +188,7 @@ def test_integer_products_are_exact(bits, isa):
     check_integers(bits, 40, 70, tokens=1, bias=False, one_scale=True)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 9, 11, 12, 15, 16, 17, 31, 63, 64, 65, 100])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 9, 11, 12, 15, 16, 17, 31, 63, 64, 65, 100, 1024, 1089])
 def test_any_number_of_tokens(tokens, isa):
     check_integers(3, 50, 70, tokens=tokens)
     check_integers(8, 33, 40, tokens=tokens)

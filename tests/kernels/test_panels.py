@@ -55,6 +55,19 @@ def test_bytes_are_those_of_the_definition(bits, codebook, rows, columns, groups
     assert torch.equal(unpanel(panels, entries, bits, rows, columns, groups), packed)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(0, 5, 1), (1, 0, 1), (17, 33, 1), (40, 70, 4), (51, 32, 3)])
+def test_panels_are_read_without_the_library_as_with_it(bits, codebook, rows, columns, groups, monkeypatch):
+    codes, entries = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8), CODEBOOKS[codebook](2**bits)
+    panels = panel(packing.pack(codes, bits), entries, bits, rows, columns, groups)
+    expected = unpanel(panels, entries, bits, rows, columns, groups)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert torch.equal(unpanel(panels, entries, bits, rows, columns, groups), expected)
+    with pytest.raises(ValueError, match="panels must have"):
+        unpanel(panels.new_zeros(len(panels) + 1), entries, bits, rows, columns, groups)
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.integers(1, 8), st.integers(0, 50), st.integers(0, 100), st.integers(1, 4), st.sampled_from(sorted(CODEBOOKS))

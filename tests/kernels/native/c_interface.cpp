@@ -217,14 +217,14 @@ struct Depthwise {
                 random.between(1, 35),                  true};
     }
 
-    explicit Depthwise(Random& random)
+    explicit Depthwise(Random& random, int64_t more = 30)
         : packed(random, shape(random)),
           batch(random.between(0, 3)),
           stride(random.between(1, 3)),
           padding(random.between(0, 20)),
           dilation(random.between(1, 3)) {
         const int64_t span = (packed.shape.columns - 1) * dilation + 1;
-        length = std::max<int64_t>(0, span - 2 * padding) + random.between(0, 30);
+        length = std::max<int64_t>(0, span - 2 * padding) + random.between(0, more);
         out_length = (length + 2 * padding - span) / stride + 1;
         x = random_reals(random, batch * length * packed.shape.rows);
         bias = random_reals(random, packed.shape.rows);
@@ -562,11 +562,12 @@ void call_everything(uint64_t seed, int64_t rounds) {
     Random random(seed);
     for (int64_t round = 0; round < rounds; ++round) {
         const int bits = static_cast<int>(random.between(1, 8)), kind = static_cast<int>(random.below(3));
-        const Linear linear(random, {bits, kind, 1, 200, 150, true}, 20);
+        const Linear linear(random, {bits, kind, 1, 100, 140, true}, 20);
         require(same(linear.run(0, linear.tokens, 1), linear.run(0, linear.tokens, 3)), "threads change y");
-        Recurrent layer(random, random.one_in(2));
+        const bool lstm = random.one_in(2), projected = lstm && random.one_in(2);
+        Recurrent layer(random, random.one_in(2), {lstm, projected, 30, 160, projected ? 150 : 160, 6, 2});
         require(same(run_recurrent(layer, 1), run_recurrent(layer, 3)), "threads change a recurrent layer");
-        Depthwise(random).run(3);
+        Depthwise(random, 1000).run(3);
         require(gq_use_isa(nullptr) == -1 && strlen(gq_error()) > 8, "each thread has its own error");
     }
 }

@@ -55,12 +55,12 @@ class Compiler:
 
     def c_interface_on(self, library: Path) -> Path:
         """c_interface.cpp on a library that there is."""
-        return self.program("c_interface", [(C_INTERFACE, ["-O1"])], str(library), f"-Wl,-rpath,{library.parent}")
+        return self.program("c_interface", [(C_INTERFACE, ["-O0"])], str(library), f"-Wl,-rpath,{library.parent}")
 
     def simd(self, isa: str) -> Path:
         """simd.cpp for an instruction set."""
         header = "simd_avx2.h" if isa == "avxvnni" else f"simd_{isa}.h"
-        flags = ["-O1", *self.isas[isa], f'-DSIMD_HEADER="{header}"']
+        flags = ["-O0", *self.isas[isa], f'-DSIMD_HEADER="{header}"']
         return self.program(f"simd_{isa}", [(HERE / "simd.cpp", flags)])
 
     def run(self, program: Path, *arguments: object) -> str:
