@@ -1,9 +1,9 @@
 // The product of blocks, 16 rows of a weight each, with tokens.
 //
-// Few tokens: weights are decoded in registers, and all sums are kept there; several for each token, so that additions
-// need not wait for one another. Many tokens: a stretch of 128 columns of two blocks is decoded into the cache, for all of
-// them. Integers are exact in any order. Floats are summed in the same order for any number of tokens: a stretch at a
-// time, column k into sum k mod 4, and these four one after the other into a total.
+// Weights are decoded in registers, once for all tokens of a bundle, and sums are kept there: several for each token,
+// so that additions need not wait for one another. Integers are exact in any order. Floats are summed in the same order
+// for any number of tokens: a stretch of 128 columns at a time, column k into sum k mod 4, and these four one after the
+// other into a total. For many tokens a stretch is decoded into the cache, since bundles with four sums each are small.
 
 #pragma once
 
@@ -48,14 +48,15 @@ struct BlockKernels {
         const float* first = weight.scale + weight.first_row(block) * weight.scale_stride;
         const int64_t rows = weight.row_count(block);
         float scales[gq::BLOCK];
-        for (int64_t row = 0; row < gq::BLOCK; ++row) scales[row] = row < rows ? first[row * weight.scale_stride] : 0.0f;
+        for (int64_t row = 0; row < gq::BLOCK; ++row)
+            scales[row] = row < rows ? first[row * weight.scale_stride] : 0.0f;
         const Floats scale = rows == gq::BLOCK && weight.scale_stride ? Simd::load(first) : Simd::load(scales);
         if (weight.codebook_kind == GQ_INT8) return Simd::div(scale, Simd::set(127.0f));
         return weight.codebook_kind == GQ_E4M3 ? Simd::mul(scale, Simd::set(1.0f / 256.0f)) : scale;
     }
 
-    // Fetches codes before they are needed: into the nearest cache and, where few bits make them go by fast, long before
-    // into the next one.
+    // Fetches codes before they are needed: into the nearest cache and, where few bits make them go by fast, long
+    // before into the next one.
     template <int BITS>
     GQ_INLINE static void prefetch(const uint8_t* tile) {
         for (int j = 0; j < BITS; ++j) {
@@ -74,7 +75,10 @@ struct BlockKernels {
         Floats factor[BLOCKS];
 
         Place(const gq::Weight& weight, int64_t block, float* y, int64_t stride)
-            : codes(weight.panels + block * weight.block_bytes()), block_bytes(weight.block_bytes()), y(y), stride(stride) {
+            : codes(weight.panels + block * weight.block_bytes()),
+              block_bytes(weight.block_bytes()),
+              y(y),
+              stride(stride) {
             for (int b = 0; b < BLOCKS; ++b) factor[b] = factors(weight, block + b);
         }
     };
@@ -101,9 +105,9 @@ struct BlockKernels {
         if constexpr (SIZE > 1) one_bundle<SIZE / 2>(size, first, f);
     }
 
-    // --- integers -----------------------------------------------------------------------------------------------------
+    // --- integers ----------------------------------------------------------------------------------------------------
 
-    // The entries of an int8 codebook, `offset` added, for Decoder. Where these are stored they have 128 added already.
+    // The entries of an int8 codebook, `offset` added, for Decoder. Those that are stored have 128 added already.
     template <int BITS>
     static void byte_entries(const gq::Weight& weight, int offset, uint8_t* entries) {
         const uint8_t* codebook = static_cast<const uint8_t*>(weight.codebook);
@@ -117,20 +121,24 @@ struct BlockKernels {
         uint8_t entries[1 << BITS];
         byte_entries<BITS>(weight, Simd::OFFSET, entries);
         const typename Simd::template Decoder<BITS> decoder(entries);
-        // Codes of two blocks are two streams, which come faster than one.
-        pairs(blocks, [&](auto size, int64_t i) GQ_INLINED {
-            const Place<size.value> place(weight, first_block + i, y + i * stride, stride);
-            if (x.count <= FEW)
-                bundles<FEW>(x.count, [&](auto tokens, int64_t first) GQ_INLINED {
-                    few_integers<BITS, size.value, tokens.value>(decoder, place, x, first);
-                });
-            else
-                for (int64_t first = 0; first < x.count; first += MANY) many_integers<BITS>(decoder, place, x, first);
+        constexpr int MOST = Simd::BUNDLE, HALF = (FEW + 1) / 2;
+        int64_t i = 0;
+        // The fewest tokens wait for codes, of which two streams come faster than one.
+        for (; x.count <= HALF && i + 2 <= blocks; i += 2)
+            integer_blocks<BITS, 2, HALF>(decoder, Place<2>(weight, first_block + i, y + i * stride, stride), x);
+        for (; i < blocks; ++i)
+            integer_blocks<BITS, 1, MOST>(decoder, Place<1>(weight, first_block + i, y + i * stride, stride), x);
+    }
+
+    template <int BITS, int BLOCKS, int MOST, class Decoder>
+    static void integer_blocks(const Decoder& decoder, const Place<BLOCKS>& place, const gq::Tokens& x) {
+        bundles<MOST>(x.count, [&](auto size, int64_t first) GQ_INLINED {
+            integer_bundle<BITS, BLOCKS, size.value>(decoder, place, x, first);
         });
     }
 
     template <int BITS, int BLOCKS, int TOKENS, class Decoder>
-    static void few_integers(const Decoder& decoder, const Place<BLOCKS>& place, const gq::Tokens& x, int64_t first) {
+    static void integer_bundle(const Decoder& decoder, const Place<BLOCKS>& place, const gq::Tokens& x, int64_t first) {
         constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 8);
         Ints sums[RESULTS][SUMS];
         repeat<RESULTS * SUMS>([&](auto i) GQ_INLINED { sums[i.value / SUMS][i.value % SUMS] = Simd::zero(); });
@@ -151,73 +159,15 @@ struct BlockKernels {
         }
         repeat<RESULTS>([&](auto i) GQ_INLINED {
             constexpr int b = i.value / TOKENS, t = i.value % TOKENS;
-            Ints total = sums[i.value][0];
-            repeat<SUMS - 1>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[i.value][s.value + 1]); });
-            if (first + t < x.count) put_integers(place, b, x, first + t, total);
+            if (first + t >= x.count) return;
+            Ints total = Simd::set_ints(-Simd::OFFSET * x.sum[first + t]);
+            repeat<SUMS>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[i.value][s.value]); });
+            const Floats scale = Simd::mul(Simd::set(x.scale[first + t]), place.factor[b]);
+            Simd::store(place.y + b * place.stride + 16 * (first + t), Simd::mul(Simd::to_floats(total), scale));
         });
     }
 
-    template <int BLOCKS>
-    GQ_INLINE static void put_integers(const Place<BLOCKS>& place, int block, const gq::Tokens& x, int64_t t, Ints total) {
-        total = Simd::add(total, Simd::set_ints(-Simd::OFFSET * x.sum[t]));
-        const Floats scale = Simd::mul(Simd::set(x.scale[t]), place.factor[block]);
-        Simd::store(place.y + block * place.stride + 16 * t, Simd::mul(Simd::to_floats(total), scale));
-    }
-
-    template <int BITS, int BLOCKS, class Decoder>
-    static void many_integers(const Decoder& decoder, const Place<BLOCKS>& place, const gq::Tokens& x, int64_t first) {
-        Bytes weights[BLOCKS][STRETCH * 8];
-        Ints totals[BLOCKS][MANY];
-        const int64_t count = x.count - first < MANY ? x.count - first : MANY, tiles = x.padded / gq::TILE;
-        for (int b = 0; b < BLOCKS; ++b)
-            for (int t = 0; t < MANY; ++t) totals[b][t] = Simd::zero();
-        for (int64_t tile = 0; tile < tiles; tile += STRETCH) {
-            const int64_t stretch = tiles - tile < STRETCH ? tiles - tile : STRETCH;
-            for (int b = 0; b < BLOCKS; ++b)
-                for (int64_t i = 0; i < stretch; ++i)
-                    decode_bytes<BITS>(decoder, place.codes + b * place.block_bytes + (tile + i) * 64 * BITS,
-                                       weights[b] + 8 * i);
-            bundles<Simd::BUNDLE>(count, [&](auto size, int64_t token) GQ_INLINED {
-                constexpr int ROOM = Simd::BUNDLE / BLOCKS, TOKENS = size.value < ROOM ? size.value : ROOM;
-                const int8_t* q = x.q + (first + token) * x.padded + size.value * tile * gq::TILE;
-                for (int t = 0; t < size.value; t += TOKENS)
-                    multiply<BLOCKS, TOKENS>(weights[0], 8 * stretch, q + 4 * t, 4 * size.value, totals[0] + token + t);
-            });
-        }
-        for (int b = 0; b < BLOCKS; ++b)
-            for (int64_t t = 0; t < count; ++t) put_integers(place, b, x, first + t, totals[b][t]);
-    }
-
-    template <int BITS, class Decoder>
-    static void decode_bytes(const Decoder& decoder, const uint8_t* tile, Bytes* weights) {
-        prefetch<BITS>(tile);
-        repeat<8>([&](auto j) GQ_INLINED { weights[j.value] = decoder.template group<j.value>(tile); });
-    }
-
-    // totals[block][token] += the products of a stretch's groups of four columns; those of x are `step` apart. Weights and
-    // totals of the second block lie behind those of a whole stretch and of MANY tokens.
-    template <int BLOCKS, int TOKENS>
-    GQ_CALLED static void multiply(const Bytes* weights, int64_t groups, const int8_t* x, int64_t step, Ints* totals) {
-        constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 8);
-        Ints sums[SUMS][RESULTS];
-        repeat<SUMS * RESULTS>([&](auto i) GQ_INLINED { sums[i.value / RESULTS][i.value % RESULTS] = Simd::zero(); });
-        for (int64_t group = 0; group < groups; group += SUMS, weights += SUMS)
-            repeat<SUMS>([&](auto s) GQ_INLINED {
-                repeat<RESULTS>([&](auto i) GQ_INLINED {
-                    constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
-                    const Bytes& weight = weights[s.value + b * STRETCH * 8];
-                    sums[s.value][i.value] = Simd::dot(sums[s.value][i.value], weight, x + 4 * t);
-                });
-                x += step;
-            });
-        repeat<RESULTS>([&](auto i) GQ_INLINED {
-            constexpr int t = i.value / BLOCKS, b = i.value % BLOCKS;
-            Ints& total = totals[t + b * MANY];
-            repeat<SUMS>([&](auto s) GQ_INLINED { total = Simd::add(total, sums[s.value][i.value]); });
-        });
-    }
-
-    // --- floats -------------------------------------------------------------------------------------------------------
+    // --- floats ------------------------------------------------------------------------------------------------------
 
     static float e4m3(uint8_t byte) {  // without subnormal numbers, which a thread may have switched off
         const uint32_t size = byte & 127, bits = ((size << 20) + (120u << 23)) | (byte & 128u) << 24;
@@ -345,21 +295,28 @@ struct BlockKernels {
     }
 
     template <int BITS, class Decoder, class Table>
-    static void decode_floats(const Decoder& decoder, const Table& table, const uint8_t* tile, Floats* weights) {
+    GQ_CALLED static void decode_floats(const Decoder& decoder, const Table& table, const uint8_t* tile,
+                                        Floats* weights) {
         prefetch<BITS>(tile);
         repeat<8>([&](auto j) GQ_INLINED {
             const Bytes codes = decoder.template group<j.value>(tile);
-            repeat<4>([&](auto k) GQ_INLINED { weights[4 * j.value + k.value] = table.template look_up<k.value>(codes); });
+            repeat<4>([&](auto k) GQ_INLINED {
+                weights[4 * j.value + k.value] = table.template look_up<k.value>(codes);
+            });
         });
     }
 
-    // As of integers, in the order of floats.
+    // totals[block][token] += the products of a stretch's groups of four columns; those of x are `step` apart. Weights
+    // and totals of the second block lie behind those of a whole stretch and of MANY tokens.
     template <int BLOCKS, int TOKENS>
-    GQ_CALLED static void multiply(const Floats* weights, int64_t groups, const float* x, int64_t step, Floats* totals) {
+    GQ_CALLED static void multiply(const Floats* weights, int64_t groups, const float* x, int64_t step,
+                                   Floats* totals) {
         constexpr int RESULTS = BLOCKS * TOKENS, SUMS = sums_of(RESULTS, 4);
         for (int k = 0; k < 4; k += SUMS) {
             Floats sums[SUMS][RESULTS];
-            repeat<SUMS * RESULTS>([&](auto i) GQ_INLINED { sums[i.value / RESULTS][i.value % RESULTS] = Simd::set(0.0f); });
+            repeat<SUMS * RESULTS>([&](auto i) GQ_INLINED {
+                sums[i.value / RESULTS][i.value % RESULTS] = Simd::set(0.0f);
+            });
             const Floats* weight = weights + k;
             const float* number = x + k;
             for (int64_t group = 0; group < groups; ++group, weight += 4, number += step)

@@ -26,7 +26,8 @@ void refuse(const char* format, ...) {
 
 int64_t elements(int64_t a, int64_t b) {
     int64_t result;
-    if (__builtin_mul_overflow(a, b, &result)) refuse("sizes are too large: %lld times %lld", (long long)a, (long long)b);
+    if (__builtin_mul_overflow(a, b, &result))
+        refuse("sizes are too large: %lld times %lld", (long long)a, (long long)b);
     return result;
 }
 

@@ -1,4 +1,4 @@
-// What the C functions check of their arguments. A failure is an exception inside the library, and -1 with a text outside.
+// What the C functions check of their arguments. A failure is an exception inside the library, -1 with a text outside.
 
 #pragma once
 

@@ -42,15 +42,16 @@ uint64_t saved_registers() {
     return low;
 }
 
-bool has_avx2() { return all(saved_registers(), {1, 2}) && all(Cpuid(1, 0).c, {12, 28}) && all(Cpuid(7, 0).b, {5}); }
-bool has_avxvnni() { return has_avx2() && all(Cpuid(7, 1).a, {4}); }
-bool has_avx512() {  // F, BW and VL; VBMI and VNNI
-    return has_avx2() && all(saved_registers(), {5, 6, 7}) && all(Cpuid(7, 0).b, {16, 30, 31}) && all(Cpuid(7, 0).c, {1, 11});
+[[maybe_unused]] bool has_avx2() { return all(saved_registers(), {1, 2}) && all(Cpuid(1, 0).c, {12, 28}) && all(Cpuid(7, 0).b, {5}); }
+[[maybe_unused]] bool has_avxvnni() { return has_avx2() && all(Cpuid(7, 1).a, {4}); }
+[[maybe_unused]] bool has_avx512() {  // F, BW and VL; VBMI and VNNI
+    const Cpuid features(7, 0);
+    return has_avx2() && all(saved_registers(), {5, 6, 7}) && all(features.b, {16, 30, 31}) && all(features.c, {1, 11});
 }
 #elif defined(__aarch64__) && defined(__linux__)
-bool has_neon() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+[[maybe_unused]] bool has_neon() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 #else
-bool has_neon() { return true; }  // every 64-bit ARM processor of Apple has the dot products
+[[maybe_unused]] bool has_neon() { return true; }  // every 64-bit ARM processor of Apple has the dot products
 #endif
 
 std::vector<const Isa*> find() {

@@ -7,8 +7,8 @@
 
 #include "gq_native.h"
 
-// Functions in headers that several translation units share: they must not leave a copy of their own behind, of which the
-// linker would keep any one, perhaps with instructions that this processor does not have.
+// Functions in headers that several translation units share: they must not leave a copy of their own behind, of which
+// the linker would keep any one, perhaps with instructions that this processor does not have.
 #define GQ_INLINED __attribute__((always_inline))
 #define GQ_INLINE inline GQ_INLINED
 #define GQ_CALLED __attribute__((noinline))  // much code, of which one copy is enough
@@ -46,8 +46,8 @@ struct Weight {
 };
 
 // Tokens as products take them, which TokenRoom (tokens.h) makes: each of `padded` numbers (whole tiles), zeros beyond
-// the weight's columns. Tokens that are multiplied together lie in a bundle: four numbers of its first token, four of its
-// second and so on, then the next four of its first. Bundles follow one another.
+// the weight's columns. Tokens that are multiplied together lie in a bundle: four numbers of its first token, four of
+// its second and so on, then the next four of its first. Bundles follow one another.
 struct Tokens {
     const int8_t* q;     // INTEGERS
     const int32_t* sum;  // of each token's integers
@@ -87,8 +87,8 @@ struct Isa {
     void (*quantize)(const float* x, int64_t features, int64_t padded, int8_t* q, int64_t step, int32_t* sum,
                      float* scale);
 
-    // `count` tokens' next states of 16 units, as kernels/packed_recurrent.py defines them; (tokens, 16) each: c and m of
-    // an LSTM, the state h of a GRU.
+    // `count` tokens' next states of 16 units, as kernels/packed_recurrent.py defines them; (tokens, 16) each: c and m
+    // of an LSTM, the state h of a GRU.
     void (*lstm)(const Gates& gates, int64_t count, float* c, float* m);
     void (*gru)(const Gates& gates, int64_t count, float* h);
 

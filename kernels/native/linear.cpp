@@ -35,7 +35,8 @@ void put_tokens(TokenRoom& room, int bundle, const float* x, int64_t columns, in
 }
 
 // Products of a block to where they belong.
-void write_block(const Weight& weight, int64_t block, const float* products, const float* bias, int64_t tokens, float* y) {
+void write_block(const Weight& weight, int64_t block, const float* products, const float* bias, int64_t tokens,
+                 float* y) {
     const int64_t first = weight.first_row(block), rows = weight.row_count(block);
     float added[BLOCK] = {};
     if (bias) std::memcpy(added, bias + first, rows * sizeof(float));
@@ -48,7 +49,8 @@ void write_block(const Weight& weight, int64_t block, const float* products, con
     }
 }
 
-void multiply(const Isa& isa, const Weight& weight, Path path, const Tokens& x, Range blocks, const float* bias, float* y) {
+void multiply(const Isa& isa, const Weight& weight, Path path, const Tokens& x, Range blocks, const float* bias,
+              float* y) {
     alignas(64) float products[RUN];
     const int64_t most = RUN / (BLOCK * x.count);
     for (int64_t block = blocks.begin; block < blocks.end; block += most) {
@@ -68,8 +70,8 @@ void multiply_part(const Isa& isa, const Weight& weight, int32_t activations, co
     parallel(worthwhile(threads, tokens * weight.rows * weight.columns), [&](int index, int count) {
         const Range blocks = part(weight.blocks(), 1, index, count);
         for (int64_t first = 0; first < tokens; first += CHUNK)
-            multiply(isa, weight, path_of(weight, activations), room.tokens(first, std::min(CHUNK, tokens - first)), blocks,
-                     bias, y + first * weight.rows);
+            multiply(isa, weight, path_of(weight, activations), room.tokens(first, std::min(CHUNK, tokens - first)),
+                     blocks, bias, y + first * weight.rows);
     });
 }
 
@@ -108,7 +110,7 @@ int32_t gq_linear(const gq_weight* weight, int32_t activations, const float* x, 
         check_array("bias", bias, bias_count, bias ? checked.rows : 0);
         elements(elements(tokens, checked.rows), checked.columns);
         for (int64_t first = 0; first < tokens; first += PART)
-            multiply_part(current_isa(), checked, activations, x + first * checked.columns, std::min(PART, tokens - first),
-                          bias, y + first * checked.rows, threads);
+            multiply_part(current_isa(), checked, activations, x + first * checked.columns,
+                          std::min(PART, tokens - first), bias, y + first * checked.rows, threads);
     });
 }

@@ -31,8 +31,8 @@ struct Simd {
     // Bytes are looked up by 4 bits of the code, and chosen by the rest.
     template <int BITS>
     struct Decoder {
-        static constexpr int REST = BITS > 4 ? BITS - 4 : 0;
-        static constexpr int TABLES = BITS == 8 ? 1 : BITS < 3 ? 4 / BITS : 1 << REST;
+        static constexpr int REST = BITS > 4 && BITS < 8 ? BITS - 4 : 0;
+        static constexpr int TABLES = BITS == 1 ? 4 : BITS < 4 ? 2 : 1 << REST;
 
         __m256i tables[TABLES];  // of 8 bits: what the code's bits are flipped by
 
@@ -45,12 +45,13 @@ struct Simd {
             }
         }
 
-        // The code that entry `nibble` of a table decodes. One or two bits stay where they are in the nibble, so that
-        // all codes in it are looked up without a shift, each in its own table.
+        // The code that entry `nibble` of a table decodes. Fields of one or two bits stay where they are in the nibble,
+        // and each place has a table of its own, which spares shifts; the third bit comes in between.
         static constexpr int code(int table, int nibble) {
             if (BITS == 8) return 0;
+            if (BITS == 3) return table ? nibble >> 1 & 7 : (nibble & 3) << 1 | (nibble >> 2 & 1);
             if (BITS < 3) return nibble >> BITS * table & ((1 << BITS) - 1);
-            return (nibble << REST | table) & ((1 << BITS) - 1);
+            return nibble << REST | table;
         }
 
         template <int J>
@@ -64,8 +65,9 @@ struct Simd {
             if constexpr (BITS == 1) return look_up(tables[J % 4], bits<4 * (J / 4), 0, 0x0F>(tile));
             if constexpr (BITS == 2) return look_up(tables[J % 2], bits<J / 2 % 2 * 4, 0, 0x0F>(tile + 64 * (J / 4)));
             if constexpr (BITS == 3) {
-                const __m256i upper = bits<2 * (J % 4), 1, 0x06>(tile + 64 * (J / 4));
-                return look_up(tables[0], _mm256_or_si256(upper, bits<J, 0, 0x01>(tile + 128)));
+                const __m256i upper = bits<J / 2 % 2 * 4, 0, J % 2 ? 0x0C : 0x03>(tile + 64 * (J / 4));
+                const __m256i lowest = J % 2 ? bits<J, 1, 0x02>(tile + 128) : bits<J, 2, 0x04>(tile + 128);
+                return look_up(tables[J % 2], _mm256_or_si256(upper, lowest));
             }
             if constexpr (BITS >= 4 && BITS < 8) {
                 const __m256i nibble = bits<4 * (J % 2), 0, 0x0F>(tile + 64 * (J / 2));
@@ -139,18 +141,17 @@ struct Simd {
         return _mm256_srai_epi32(_mm256_slli_epi32(bytes, 24 - 8 * K), 24);
     }
 
-    // Eight entries are looked up in a register, up to 32 in as many as it takes.
+    // Eight entries are looked up in a register, 16 in two; more are gathered, which is faster than more registers.
     template <int BITS>
     struct Table {
-        static constexpr int REGISTERS = BITS > 5 || BITS < 4 ? 1 : 1 << (BITS - 3);
-
         const float* values;
-        __m256 table[REGISTERS];
+        __m256 low, high;
 
         explicit Table(const float* entries) : values(entries) {
-            float first[8 * REGISTERS] = {};
-            for (int code = 0; code < 8 * REGISTERS && code < 1 << BITS; ++code) first[code] = entries[code];
-            for (int i = 0; i < REGISTERS; ++i) table[i] = _mm256_loadu_ps(first + 8 * i);
+            float first[16] = {};
+            for (int code = 0; code < 16 && code < 1 << BITS; ++code) first[code] = entries[code];
+            low = _mm256_loadu_ps(first);
+            high = _mm256_loadu_ps(first + 8);
         }
 
         template <int K>
@@ -158,23 +159,16 @@ struct Simd {
             return {half<K>(codes.low), half<K>(codes.high)};
         }
 
+        // permutevar takes the lowest three bits, blendv the highest.
         template <int K>
         __m256 half(__m256i codes) const {
             const __m256i column = _mm256_srli_epi32(codes, 8 * K);
-            if constexpr (BITS > 5) return _mm256_i32gather_ps(values, _mm256_and_si256(column, _mm256_set1_epi32(255)), 4);
-            return choose<REGISTERS>(table, column);
-        }
-
-        // permutevar takes the lowest three bits; blendv takes the sign.
-        template <int COUNT>
-        static __m256 choose(const __m256* table, __m256i code) {
-            if constexpr (COUNT == 1) {
-                return _mm256_permutevar8x32_ps(table[0], code);
-            } else {
-                constexpr int BIT = COUNT == 4 ? 4 : 3;
-                const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(code, 31 - BIT));
-                return _mm256_blendv_ps(choose<COUNT / 2>(table, code), choose<COUNT / 2>(table + COUNT / 2, code), top);
-            }
+            const __m256i code = _mm256_and_si256(column, _mm256_set1_epi32(255));
+            if constexpr (BITS > 4) return _mm256_i32gather_ps(values, code, 4);
+            const __m256 lower = _mm256_permutevar8x32_ps(low, column);
+            if constexpr (BITS < 4) return lower;
+            const __m256 fourth = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - 8 * K));
+            return _mm256_blendv_ps(lower, _mm256_permutevar8x32_ps(high, column), fourth);
         }
     };
 

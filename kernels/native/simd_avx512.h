@@ -1,5 +1,5 @@
-// The SIMD abstraction in AVX-512 (F, BW, VL, VBMI, VNNI): a register is 16 lanes. simd_portable.h says what each function
-// computes.
+// The SIMD abstraction in AVX-512 (F, BW, VL, VBMI, VNNI): a register is 16 lanes. simd_portable.h says what each
+// function computes.
 
 #pragma once
 
@@ -7,14 +7,15 @@
 #include <stdint.h>
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own header leaves undefined on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC's own header leaves undefined, on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 namespace {
 
-// A byte permutation looks up 64 entries by the lowest six bits of each byte and ignores the others. So the bits of a code
-// need not be brought together: they stay in any of those six places, and each arrangement that occurs has a table of its
-// own, in which the other places make no difference. These are the places of a code's bits, the highest first.
+// A byte permutation looks up 64 entries by the lowest six bits of each byte and ignores the others. So the bits of a
+// code need not be brought together: they stay in any of those six places, and each arrangement that occurs has a table
+// of its own, in which the other places make no difference. These are the places of a code's bits, the highest first.
 template <int BITS>
 struct Arrangements;
 template <>

@@ -94,8 +94,12 @@ struct Simd {
             } else {
                 const uint8x16_t bytes = vqtbl4q_u8({{tables[0], tables[1], tables[2], tables[3]}}, code);
                 if constexpr (BITS == 6) return bytes;
-                else return vqtbx4q_u8(bytes, {{tables[4], tables[5], tables[6], tables[7]}}, vsubq_u8(code, vdupq_n_u8(64)));
+                else return look_up_more(bytes, vsubq_u8(code, vdupq_n_u8(64)));
             }
+        }
+
+        uint8x16_t look_up_more(uint8x16_t bytes, uint8x16_t code) const {
+            return vqtbx4q_u8(bytes, {{tables[4], tables[5], tables[6], tables[7]}}, code);
         }
     };
 

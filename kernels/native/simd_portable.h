@@ -1,8 +1,8 @@
 // The SIMD abstraction in plain C++, which every simd_*.h repeats with its own instructions: 16 lanes, one for each row
 // of a block. Kernels are written once, against these names.
 //
-// All but fma() rounds as IEEE float32 prescribes, operation by operation, so that what avoids fma() gives the same bits
-// on every instruction set.
+// All but fma() rounds as IEEE float32 prescribes, operation by operation, so that what avoids fma() gives the same
+// bits on every instruction set.
 
 #pragma once
 

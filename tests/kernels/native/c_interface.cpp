@@ -158,7 +158,8 @@ void compare_linear(Random& random, const Shape& shape) {
         for (int64_t token = 0; token < linear.tokens; ++token) {
             const Exact<float> alone = linear.run(token, 1, 1);
             for (int64_t i = 0; i < shape.rows; ++i)
-                require(same(alone[i], y[token * shape.rows + i]), "other tokens change y, " + isa + ", " + describe(shape));
+                require(same(alone[i], y[token * shape.rows + i]),
+                        "other tokens change y, " + isa + ", " + describe(shape));
         }
     });
 }
@@ -175,8 +176,8 @@ void compare_decoded(Random& random, const Shape& shape) {
             for (int64_t k = 0; k < shape.columns; ++k) {
                 const float expected = packed.row_scale(indices[i]) * packed.value(packed.code(indices[i], k));
                 const float got = out[i * shape.columns + k];
-                require(same(got, expected), "decoded " + std::to_string(got) + ", not " + std::to_string(expected) + ", on " +
-                                                 isa + ", " + describe(shape));
+                require(same(got, expected), "decoded " + std::to_string(got) + ", not " + std::to_string(expected) +
+                                                 ", on " + isa + ", " + describe(shape));
             }
     });
 }
@@ -282,8 +283,8 @@ void compare(uint64_t seed, int64_t rounds) {
 
 // --- malformed arguments ---------------------------------------------------------------------------------------------
 
-// POINTER: not NULL; OPTIONAL: NULL for none; COUNT: int64_t, from 0 to what memory holds; LENGTH: the same, and all that
-// says how long an array is, so that too many cannot be told; CHOICE: int32_t.
+// POINTER: not NULL; OPTIONAL: NULL for none; COUNT: int64_t, from 0 to what memory holds; LENGTH: the same, and all
+// that says how long an array is, so that too many cannot be told; CHOICE: int32_t.
 enum Kind { POINTER, OPTIONAL, COUNT, LENGTH, CHOICE };
 
 // An argument and where it lies.

@@ -188,7 +188,9 @@ struct Packed {
     // Panels of 8 bits hold int8 entries, not codes: of equal entries the first comes back.
     uint8_t first_equal(uint8_t code) const {
         if (shape.kind != GQ_INT8 || shape.bits != 8) return code;
-        return static_cast<uint8_t>(static_cast<uint8_t*>(memchr(codebook.data(), codebook[code], 256)) - codebook.data());
+        for (int first = 0; first < code; ++first)
+            if (codebook[first] == codebook[code]) return static_cast<uint8_t>(first);
+        return code;
     }
 };
 
@@ -276,7 +278,9 @@ struct Recurrent {
         }
         x = random_reals(random, row * sizes.inputs);
         out = Exact<float>(row * sizes.state);
-        const auto activations = [&] { return integers ? int32_t{GQ_ACTIVATIONS_INT8} : static_cast<int32_t>(random.below(3)); };
+        const auto activations = [&] {
+            return integers ? int32_t{GQ_ACTIVATIONS_INT8} : static_cast<int32_t>(random.below(3));
+        };
         const bool biased = random.one_in(2);
         of = {&weights[0],
               &weights[1],
