@@ -42,7 +42,9 @@ uint64_t saved_registers() {
     return low;
 }
 
-[[maybe_unused]] bool has_avx2() { return all(saved_registers(), {1, 2}) && all(Cpuid(1, 0).c, {12, 28}) && all(Cpuid(7, 0).b, {5}); }
+[[maybe_unused]] bool has_avx2() {  // and FMA
+    return all(saved_registers(), {1, 2}) && all(Cpuid(1, 0).c, {12, 28}) && all(Cpuid(7, 0).b, {5});
+}
 [[maybe_unused]] bool has_avxvnni() { return has_avx2() && all(Cpuid(7, 1).a, {4}); }
 [[maybe_unused]] bool has_avx512() {  // F, BW and VL; VBMI and VNNI
     const Cpuid features(7, 0);
