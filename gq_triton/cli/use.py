@@ -113,8 +113,9 @@ def convert(
         recognizer.prepare(allocation(bits, layers, codebook, activations, granularity))
     recognizer.convert().save(output)
     sizes = gq.report(recognizer.model)
-    result = {"file": str(output), "bytes": sizes.bytes, "file_bytes": output.stat().st_size, "ratio": sizes.ratio}
-    emit(result, f"{output}: {sizes.bytes:,} bytes of weights, {sizes.ratio:.2f} times smaller than float32", as_json)
+    size, ratio = sizes.packed_bytes, sizes.ratio
+    result = {"file": str(output), "bytes": size, "file_bytes": output.stat().st_size, "ratio": ratio}
+    emit(result, f"{output}: {size:,} bytes of weights, {ratio:.2f} times smaller than float32", as_json)
 
 
 @click.command()

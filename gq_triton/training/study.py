@@ -35,7 +35,7 @@ class Row:
         bits: mean over all quantized weights.
         ptq_wer, ptq_interval: word error rate after post-training quantization, with its 95 % interval.
         qat_wer, qat_interval: the same after quantization-aware training.
-        bytes: of the packed model's tensors.
+        bytes: of the packed model, as in a file.
         ratio: how many times smaller than the float32 model.
         file: the packed recognizer, relative to the output folder.
     """
@@ -145,7 +145,7 @@ def quantize_and_measure(
         ptq_interval=untrained.interval,
         qat_wer=measured.wer,
         qat_interval=measured.interval,
-        bytes=report.bytes,
+        bytes=report.packed_bytes,
         ratio=report.ratio,
         file=path.name,
     )

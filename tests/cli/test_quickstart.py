@@ -20,7 +20,7 @@ def check_summary(output) -> dict:
         assert row.keys() >= ROW
         packed = Recognizer.load(output / row["file"])
         assert packed.stage == "packed"
-        assert gq.report(packed.model).bytes == row["bytes"]
+        assert gq.report(packed.model).packed_bytes == row["bytes"]
         assert row["ratio"] == pytest.approx(summary["float"]["bytes"] / row["bytes"])
     for figure in ("error_rates.png", "sizes.png"):
         assert (output / figure).read_bytes().startswith(b"\x89PNG")

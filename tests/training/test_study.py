@@ -62,7 +62,7 @@ def test_a_row_says_what_its_file_does(speech, tmp_path, monkeypatch):
     assert evaluate(packed, speech, beam_width=2, progress=False).wer == row.qat_wer
     untrained = recognizer.packed_copy(allocation)
     assert evaluate(untrained, speech, beam_width=2, progress=False).wer == row.ptq_wer
-    assert (row.bytes, row.ratio) == (report.bytes, report.ratio)
+    assert (row.bytes, row.ratio) == (report.packed_bytes, report.ratio)
     assert row.bits == mean_bits(report)
     assert 1 < row.bits < 4
     assert {"name", "bits", "ptq_wer", "qat_wer", "bytes", "ratio"} <= row.to_dict().keys()

@@ -33,7 +33,7 @@ def built(request, make_compiler):
     return compiler, compiler.c_interface([*SANITIZED, "-O1"])
 
 
-@pytest.mark.parametrize("rounds", [50, pytest.param(1000, marks=FULL)])
+@pytest.mark.parametrize("rounds", [30, pytest.param(1000, marks=FULL)])
 def test_agrees_with_the_definitions(built, rounds):
     compiler, program = built
     agree, *isas = compiler.run(program, "compare", rounds, rounds).split()
