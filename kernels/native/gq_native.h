@@ -2,7 +2,7 @@
 
    Every function checks its arguments before it touches anything. It returns 0 (or what its comment says), or -1 with a
    text that gq_error() gives, which names the argument. Counts are of elements unless they are called bytes; arrays are
-   contiguous, row-major, need no alignment (64 bytes is fastest) and must not overlap. Strings are static or
+   contiguous, row-major, aligned as their elements are (64 bytes is fastest) and must not overlap. Strings are static or
    thread-local. Functions may be called from several threads at once, gq_use_isa excepted. */
 
 #ifndef GQ_NATIVE_H
