@@ -10,12 +10,9 @@ dynamically quantized ones, and float32. A goal is told by the worst of its cell
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-import click
-from goals import Outcome, told
+from goals import Outcome, command, told
 
 KINDS = ("gq int8", "native int8")  # as an operator of torch, and the kernel alone
 NOISE = 0.97  # of two times, from one run to the next: what is within it is no slower
@@ -80,11 +77,7 @@ def summary(record: dict) -> str:
     return told(outcomes(record))
 
 
-@click.command()
-@click.argument("path", metavar="RECORD", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-def main(path: Path) -> None:
-    """Print how RECORD stands to the goals."""
-    click.echo(summary(json.loads(path.read_text())))
+main = command(summary)
 
 
 if __name__ == "__main__":

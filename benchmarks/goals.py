@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import click
 
 
 class Outcome(NamedTuple):
@@ -46,3 +50,14 @@ def _line(outcome: Outcome) -> str:
     notes = f", {outcome.notes}" if outcome.notes else ""
     numbers = f"{outcome.measured:.3g} of {outcome.wanted:.3g} wanted, {outcome.cells} cells{notes}"
     return f"{'met' if outcome.met else 'missed':<8} {outcome.what}: {numbers}"
+
+
+def command(summary: Callable[[dict], str]) -> click.Command:
+    """The command line that prints the ``summary`` of a record."""
+
+    @click.command(help="Print how RECORD stands to the goals.")
+    @click.argument("path", metavar="RECORD", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+    def main(path: Path) -> None:
+        click.echo(summary(json.loads(path.read_text())))
+
+    return main

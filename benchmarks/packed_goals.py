@@ -8,14 +8,11 @@ them; of peers, it is the geometric mean over cells that must be above 1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-import click
 import numpy as np
-from goals import Outcome, told
+from goals import Outcome, command, told
 
 PEERS = {  # the peer, and who stands against it
     "torch int8/8": "gq int8/8",
@@ -131,11 +128,7 @@ def summary(record: dict) -> str:
     return told(outcomes(record))
 
 
-@click.command()
-@click.argument("path", metavar="RECORD", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-def main(path: Path) -> None:
-    """Print how RECORD stands to the goals."""
-    click.echo(summary(json.loads(path.read_text())))
+main = command(summary)
 
 
 if __name__ == "__main__":

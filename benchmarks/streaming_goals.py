@@ -9,13 +9,10 @@ much less there could be at best, if nothing but the reading of weights were lef
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-import click
-from goals import Outcome, told
+from goals import Outcome, command, told
 
 
 class Goal(NamedTuple):
@@ -81,11 +78,7 @@ def summary(record: dict) -> str:
     return told(outcomes(record))
 
 
-@click.command()
-@click.argument("path", metavar="RECORD", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-def main(path: Path) -> None:
-    """Print how RECORD stands to the goals."""
-    click.echo(summary(json.loads(path.read_text())))
+main = command(summary)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ model that it is loaded into before that model is touched.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from gq_triton.files import write_atomically
 from gq_triton.kernels.tables import stored_values
 from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, twins_of
 from gq_triton.layers.packed_weight import finite_or_none, packed_layout
-from gq_triton.packed_header import KEY, VERSION, Header
+from gq_triton.packed_header import KEY, VERSION, Header, some
 from gq_triton.quantize import Target, become, disable_fused_paths, find_targets, join, readers_of
 
 _DTYPE_NAMES = {
@@ -196,7 +196,7 @@ def _plan(model: nn.Module, header: Header) -> list[Target]:
         if not names.issuperset(_pieces(target)) or twins_of(target.layer) is None:
             raise ValueError(f"{target.name} of the model cannot take the packed form that it has in the file")
     if unknown := names.difference(*(_pieces(target) for target in plan)):
-        raise ValueError(f"it has packed weights that the model has not: {_some(unknown)}")
+        raise ValueError(f"it has packed weights that the model has not: {some(unknown)}")
     return plan
 
 
@@ -236,9 +236,9 @@ def _check_sharing(model: nn.Module, layout: _Layout, header: Header) -> None:
 def _check_layout(file: Any, header: Header, expected: _Layout) -> None:
     found = {*file.keys(), *header.aliases}
     if missing := set(expected) - found:
-        raise ValueError(f"it lacks tensors that the model has: {_some(missing)}")
+        raise ValueError(f"it lacks tensors that the model has: {some(missing)}")
     if unexpected := found - set(expected):
-        raise ValueError(f"it has tensors that the model has not: {_some(unexpected)}")
+        raise ValueError(f"it has tensors that the model has not: {some(unexpected)}")
     for name, (shape, dtypes) in expected.items():
         entry = file.get_slice(header.stored(name))
         if tuple(entry.get_shape()) != shape:
@@ -275,8 +275,3 @@ def _pieces_of(target: Target, header: Header, made: dict[tuple[str, int], Packe
         if packed.shape != shape:
             raise ValueError(f"{name} and {owner} are one weight in it and have different shapes in the model")
     return pieces
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

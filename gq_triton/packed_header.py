@@ -6,15 +6,16 @@ No torch here: programs that run a packed model without it read this too.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gq_triton.config import GQConfig
 
-__all__ = ["KEY", "VERSION", "Header"]
+__all__ = ["KEY", "RECOGNIZER_FORMAT", "VERSION", "Header", "some"]
 
 KEY = "gq_triton"
+RECOGNIZER_FORMAT = "gq_triton.recognizer.1"  # which a recognizer's description names
 VERSION = 1
 
 
@@ -83,3 +84,9 @@ def _config(name: str, settings: Any) -> GQConfig:
         return GQConfig.from_dict(settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"its settings of {name} are invalid: {error}") from error
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of the names, for a message."""
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

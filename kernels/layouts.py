@@ -17,7 +17,7 @@ from gq_triton.kernels.packing import packed_bytes, unpack
 from gq_triton.kernels.panels import panel, panel_bytes, unpanel
 from gq_triton.kernels.tiles import tile, tiled_bytes, untile
 
-__all__ = ["LAYOUTS", "codes_of", "convert", "layout_bytes", "layout_for"]
+__all__ = ["LAYOUTS", "codes_of", "convert", "layout_bytes", "layout_for", "native_weight"]
 
 LAYOUTS = ("planes", "tiles", "panels")
 
@@ -72,3 +72,13 @@ def codes_of(
 ) -> Tensor:
     """The codes (rows, columns), uint8, of a weight; arguments as of `convert`."""
     return unpack(convert(packed, codebook, layout, "planes", bits, rows, columns, groups), bits, (rows, columns))
+
+
+def native_weight(
+    packed: Tensor, codebook: Tensor, scale: Tensor, layout: str, bits: int, rows: int, columns: int, groups: int = 1
+) -> native.Weight:
+    """A weight as native kernels take it; ``scale`` is (rows,), which may be one number expanded, or (1,), the other
+    arguments are as of `convert`."""
+    panels = convert(packed, codebook, layout, "panels", bits, rows, columns, groups).contiguous()
+    scales = scale[:1] if scale.stride(0) == 0 else scale.contiguous()
+    return native.Weight(panels, codebook.contiguous(), scales, bits, rows, columns, groups)

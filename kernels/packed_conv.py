@@ -23,9 +23,8 @@ from torch import Tensor
 
 from gq_triton.kernels import native
 from gq_triton.kernels.backend import bound, cdiv, jit, launching, next_power_of_2, tl
-from gq_triton.kernels.layouts import codes_of, convert
+from gq_triton.kernels.layouts import codes_of, convert, native_weight
 from gq_triton.kernels.packing import unpack
-from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import as_stored, load_values, stored_values
 from gq_triton.kernels.tiles import load_tiled
 
@@ -120,8 +119,7 @@ def _native(
     dilation: int,
     layout: str,
 ) -> Tensor:
-    panels = convert(packed, codebook, layout, "panels", bits, len(scale), kernel_size)
-    weight = native_weight(panels, codebook, scale, bits, len(scale), kernel_size)
+    weight = native_weight(packed, codebook, scale, layout, bits, len(scale), kernel_size)
     steps = x.movedim(1, 2).float().contiguous()
     length = output_length(x.shape[2], kernel_size, stride, padding, dilation)
     out = torch.empty(x.shape[0], length, len(scale), dtype=torch.float32)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from gq_triton.kernels import native
 from gq_triton.kernels.backend import cdiv, jit, launching, next_power_of_2, tl
-from gq_triton.kernels.layouts import convert
+from gq_triton.kernels.layouts import convert, native_weight
 from gq_triton.kernels.packing import unpack, unpack_at
-from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import as_stored, load_values, stored_values
 from gq_triton.kernels.tiles import ROW_BLOCK, load_tiled, row_blocks
 
@@ -69,8 +68,7 @@ def _native_rows(
     layout: str,
     groups: int,
 ) -> Tensor:
-    panels = convert(packed, codebook, layout, "panels", bits, len(scale), embedding_dim, groups)
-    weight = native_weight(panels, codebook, scale, bits, len(scale), embedding_dim, groups)
+    weight = native_weight(packed, codebook, scale, layout, bits, len(scale), embedding_dim, groups)
     out = torch.empty(*indices.shape, embedding_dim, dtype=torch.float32)
     native.decode_rows(indices.long().contiguous(), weight, out)
     return out

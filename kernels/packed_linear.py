@@ -43,10 +43,9 @@ from torch import Tensor
 from gq_triton.kernels import activations as token_quantizer
 from gq_triton.kernels import native
 from gq_triton.kernels.backend import cdiv
-from gq_triton.kernels.layouts import convert
+from gq_triton.kernels.layouts import convert, native_weight
 from gq_triton.kernels.packed_linear_triton import launch
 from gq_triton.kernels.packing import unpack, unpack_range
-from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import stored_values
 
 __all__ = ["EPILOGUES", "packed_linear", "prefers_dense", "reference"]
@@ -128,8 +127,7 @@ def _native_product(
     layout: str,
 ) -> Tensor:
     rows, columns = len(scale), x.shape[-1]
-    panels = convert(packed, codebook, layout, "panels", bits, rows, columns)
-    weight = native_weight(panels, codebook, scale, bits, rows, columns)
+    weight = native_weight(packed, codebook, scale, layout, bits, rows, columns)
     out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
     bias = None if bias is None else bias.float().contiguous()
     native.linear(x.float().contiguous(), weight, bias, out, activations, torch.get_num_threads())

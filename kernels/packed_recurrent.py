@@ -43,9 +43,8 @@ from gq_triton.kernels import packed_linear_triton as linear
 from gq_triton.kernels.activations import quantize_activations
 from gq_triton.kernels.backend import cdiv, jit, launching, next_power_of_2, tl
 from gq_triton.kernels.decode import multiply
-from gq_triton.kernels.layouts import codes_of, convert
+from gq_triton.kernels.layouts import codes_of, convert, native_weight
 from gq_triton.kernels.packed_linear_triton import sigmoid, tanh
-from gq_triton.kernels.panels import native_weight
 from gq_triton.kernels.tables import as_stored, stored_values
 from gq_triton.kernels.tiles import ROW_BLOCK, as_words, step_columns
 
@@ -216,8 +215,7 @@ def _forward_native(
     found = []
     for index, (width, shape) in enumerate(zip(bits, weight_shapes(x.shape[-1], states), strict=False)):
         codes, codebook, scale = weights[3 * index : 3 * index + 3]
-        panels = convert(codes, codebook, layout, "panels", width, *shape)
-        found.append(native_weight(panels, codebook, scale, width, *shape))
+        found.append(native_weight(codes, codebook, scale, layout, width, *shape))
     (steps, *states), biases = ([t.float().contiguous() for t in part] for part in ((x, *states), biases))
     out = torch.empty(*x.shape[:-1], states[0].shape[1], dtype=torch.float32)
     last = [torch.empty_like(state) for state in states]

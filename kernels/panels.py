@@ -32,7 +32,7 @@ from gq_triton.kernels.backend import cdiv
 from gq_triton.kernels.packing import PLANES, pack, packed_bytes
 from gq_triton.kernels.tiles import row_blocks
 
-__all__ = ["native_weight", "panel", "panel_bytes", "unpanel"]
+__all__ = ["panel", "panel_bytes", "unpanel"]
 
 
 def panel_bytes(rows: int, columns: int, bits: int, groups: int = 1) -> int:
@@ -113,11 +113,3 @@ def _first_codes(codebook: Tensor) -> Tensor:
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()
-
-
-def native_weight(
-    panels: Tensor, codebook: Tensor, scale: Tensor, bits: int, rows: int, columns: int, groups: int = 1
-) -> native.Weight:
-    """A weight as native kernels take it; ``scale`` (rows,), which may be one number expanded, or (1,)."""
-    scales = scale[:1] if scale.stride(0) == 0 else scale.contiguous()
-    return native.Weight(panels.contiguous(), codebook.contiguous(), scales, bits, rows, columns, groups)

@@ -11,7 +11,9 @@ import numpy as np
 
 from gq_triton.kernels import native
 from gq_triton.models.config import RNNTConfig
-from gq_triton.speech.mel import HOP, SAMPLE_RATE, WINDOW, LogMelSettings, frame_at
+from gq_triton.packed_header import RECOGNIZER_FORMAT
+from gq_triton.speech.mel import HOP, HOP_MS, WINDOW, LogMelSettings, chunk_samples, frame_at
+from gq_triton.speech.segments import MAX_SYMBOLS, WINDOW_FRAMES
 from gq_triton.speech.tokens import BLANK, Tokenizer, tokenizer_from_dict
 
 from .audio import read_wav
@@ -22,11 +24,7 @@ from .weights import Weights
 
 __all__ = ["Runner", "Stream"]
 
-FORMAT = "gq_triton.recognizer.1"
 MALFORMED = (AttributeError, TypeError, ValueError)  # what a wrong description leads to
-HOP_MS = 1000 * HOP // SAMPLE_RATE
-MAX_SYMBOLS = 5  # labels of one encoder frame, as in greedy decoding elsewhere
-WINDOW_FRAMES = 8  # which the joint network evaluates in about the time of one, since it takes reading the same weights
 
 
 class Runner:
@@ -133,12 +131,8 @@ class Stream:
     labels: list[int]
 
     def __init__(self, runner: Runner, chunk_ms: int = 240) -> None:
-        if not isinstance(chunk_ms, int) or chunk_ms < 1 or chunk_ms % runner.frame_ms:
-            raise ValueError(
-                f"chunk_ms must be a positive multiple of {runner.frame_ms}, the encoder's frame, got {chunk_ms!r}"
-            )
         self._runner = runner
-        self._step = chunk_ms // HOP_MS * HOP
+        self._step = chunk_samples(chunk_ms, runner.frame_ms)
         self._window = self._step + WINDOW - HOP
         self.reset()
 
@@ -280,7 +274,7 @@ def _description(metadata: dict[str, str]) -> dict[str, Any]:
         description = json.loads(metadata["state"])
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"it is no recognizer: its metadata has no description ({error})") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") != RECOGNIZER_FORMAT:
         raise ValueError("it is no recognizer that this version reads")
     if description.get("stage") != "packed":
         raise ValueError(

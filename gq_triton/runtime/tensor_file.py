@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -186,9 +185,3 @@ def _require_contiguous(entries: dict[str, Entry], data_bytes: int) -> None:
         end = entry.stop
     if end != data_bytes:
         raise ValueError(f"its tensors take {end} bytes of data, of {data_bytes} that it has")
-
-
-def some(names: Iterable[str]) -> str:
-    """A few of the names, for a message."""
-    listed = sorted(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -7,10 +7,10 @@ import numpy as np
 from gq_triton.config import GQConfig
 from gq_triton.kernels import native
 from gq_triton.kernels.planes import plane_bytes
-from gq_triton.packed_header import Header
+from gq_triton.packed_header import Header, some
 
 from .layers import FloatMatrix, Matrix, PackedMatrix
-from .tensor_file import FLOATS, TensorFile, some
+from .tensor_file import FLOATS, TensorFile
 
 __all__ = ["Weights"]
 

@@ -21,18 +21,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .segments import MAX_SYMBOLS, WINDOW_FRAMES
+
 __all__ = ["BeamDecoder", "BeamState", "Decoded", "GreedyDecoder", "GreedyState", "Hypothesis", "beam", "greedy"]
 
-ROWS = 8  # which a joint network evaluates in about the time of one, since it takes reading the same weights
 
-
-def greedy(model: nn.Module, features: Tensor, lengths: Tensor, *, max_symbols: int = 5) -> list[list[int]]:
+def greedy(model: nn.Module, features: Tensor, lengths: Tensor, *, max_symbols: int = MAX_SYMBOLS) -> list[list[int]]:
     """Greedy label ids of whole utterances; ``features`` ``(B, T, F)``, ``lengths`` ``(B,)``."""
     return _decode(GreedyDecoder(model, max_symbols=max_symbols), features, lengths)
 
 
 def beam(
-    model: nn.Module, features: Tensor, lengths: Tensor, *, width: int = 4, max_symbols: int = 5
+    model: nn.Module, features: Tensor, lengths: Tensor, *, width: int = 4, max_symbols: int = MAX_SYMBOLS
 ) -> list[list[int]]:
     """Beam-search label ids of whole utterances; ``features`` ``(B, T, F)``, ``lengths`` ``(B,)``."""
     return _decode(BeamDecoder(model, width=width, max_symbols=max_symbols), features, lengths)
@@ -112,7 +112,7 @@ class GreedyDecoder:
     Every utterance moves through its own frames at its own pace.
     """
 
-    def __init__(self, model: nn.Module, *, max_symbols: int = 5) -> None:
+    def __init__(self, model: nn.Module, *, max_symbols: int = MAX_SYMBOLS) -> None:
         self.model, self.max_symbols = model, _positive("max_symbols", max_symbols)
 
     def start(self, batch: int) -> GreedyState:
@@ -210,7 +210,7 @@ def _select(x: Tensor, rows: list[int]) -> Tensor:
 
 def _windows(frames: Tensor, rows: list[int], places: list[int]) -> Tensor:
     """Frames ``(n, W, J)`` of ``(B, T, J)``: W neighbouring ones of each of n rows, from its place on."""
-    width = min(max(1, ROWS // len(rows)), frames.shape[1] - min(places))
+    width = min(max(1, WINDOW_FRAMES // len(rows)), frames.shape[1] - min(places))
     if len(frames) == 1:
         return frames[:, places[0] : places[0] + width]
     starts = torch.tensor(list(zip(rows, places, strict=True)), device=frames.device)
@@ -270,7 +270,7 @@ class BeamDecoder:
     one utterance share each joint and predictor call.
     """
 
-    def __init__(self, model: nn.Module, *, width: int = 4, max_symbols: int = 5) -> None:
+    def __init__(self, model: nn.Module, *, width: int = 4, max_symbols: int = MAX_SYMBOLS) -> None:
         self.model = model
         self.width, self.max_symbols = _positive("width", width), _positive("max_symbols", max_symbols)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gq_triton.models.rnnt import BifocalEncoder, BifocalState
 
 from .decoding import GreedyDecoder, GreedyState
+from .segments import MAX_SYMBOLS
 
 __all__ = ["GraphedBifocalEncoder", "GraphedEncoder", "GraphedGreedyDecoder", "graphed"]
 
@@ -121,7 +122,7 @@ class GraphedGreedyDecoder(GreedyDecoder):
         frames: the most encoder frames of a call.
     """
 
-    def __init__(self, model: nn.Module, frames: int, *, max_symbols: int = 5) -> None:
+    def __init__(self, model: nn.Module, frames: int, *, max_symbols: int = MAX_SYMBOLS) -> None:
         super().__init__(model, max_symbols=max_symbols)
         self.frames = frames
         self._loops: dict[int, _LabelLoop] = {}

@@ -10,11 +10,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["FFT_SIZE", "HOP", "LOG_FLOOR", "SAMPLE_RATE", "WINDOW", "LogMelSettings", "frame_at", "mel_filters"]
+__all__ = [
+    "FFT_SIZE",
+    "HOP",
+    "HOP_MS",
+    "LOG_FLOOR",
+    "SAMPLE_RATE",
+    "WINDOW",
+    "LogMelSettings",
+    "chunk_samples",
+    "frame_at",
+    "mel_filters",
+]
 
 SAMPLE_RATE = 16000
 WINDOW = 400
 HOP = 160
+HOP_MS = 1000 * HOP // SAMPLE_RATE
 FFT_SIZE = 512
 LOG_FLOOR = 1e-6
 MAX_TAIL_MS = 60_000
@@ -30,6 +42,17 @@ def frame_at(seconds: float) -> int:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
         raise ValueError(f"seconds must be a number from 0 on, got {seconds!r}")
     return round(min(seconds * SAMPLE_RATE / HOP, NEVER))
+
+
+def chunk_samples(chunk_ms: int, frame_ms: int) -> int:
+    """Samples from one chunk of ``chunk_ms`` milliseconds to the next, for an encoder with frames of ``frame_ms``.
+
+    Raises:
+        ValueError: ``chunk_ms`` is no positive multiple of ``frame_ms``.
+    """
+    if not isinstance(chunk_ms, int) or chunk_ms < 1 or chunk_ms % frame_ms:
+        raise ValueError(f"chunk_ms must be a positive multiple of {frame_ms}, the encoder's frame, got {chunk_ms!r}")
+    return chunk_ms // HOP_MS * HOP
 
 
 @dataclass(frozen=True)

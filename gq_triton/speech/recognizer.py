@@ -15,6 +15,7 @@ import gq_triton as gq
 from gq_triton.files import load_tensors, read_state, save_tensors
 from gq_triton.layers import QATLayer
 from gq_triton.models.rnnt import RNNT, RNNTConfig
+from gq_triton.packed_header import RECOGNIZER_FORMAT
 
 from .audio import load_audio
 from .decoding import beam, greedy
@@ -23,7 +24,6 @@ from .tokens import Tokenizer, tokenizer_from_dict
 
 __all__ = ["Recognizer"]
 
-FORMAT = "gq_triton.recognizer.1"
 STAGES = ("float", "qat", "packed")
 MALFORMED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)  # what a wrong description leads to
 Quantization = gq.GQConfig | Mapping[str, gq.GQConfig | None]
@@ -132,7 +132,7 @@ class Recognizer(nn.Module):
             ValueError: it is no recognizer, or it is damaged.
         """
         description = read_state(path)
-        if description.get("format") != FORMAT:
+        if description.get("format") != RECOGNIZER_FORMAT:
             raise ValueError(f"{path} is no recognizer that this version reads: format {description.get('format')!r}")
         try:
             return cls._from_file(Path(path), description).eval()
@@ -155,7 +155,7 @@ class Recognizer(nn.Module):
             [pattern, config and config.to_dict()] for pattern, config in self.quantization.items()
         ]
         return {
-            "format": FORMAT,
+            "format": RECOGNIZER_FORMAT,
             "stage": self.stage,
             "front_end": self.front_end.to_dict(),
             "tokenizer": self.tokenizer.to_dict(),

@@ -1,11 +1,14 @@
-"""What streaming recognition reports, and when a segment of speech ends. No torch here: programs that run a packed
-model without it read this too."""
+"""What streaming recognition reports, when a segment of speech ends, and the limits of greedy search. No torch here:
+programs that run a packed model without it read this too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["Endpointing", "Result"]
+__all__ = ["MAX_SYMBOLS", "WINDOW_FRAMES", "Endpointing", "Result"]
+
+MAX_SYMBOLS = 5  # labels of one encoder frame
+WINDOW_FRAMES = 8  # which a joint network evaluates in about the time of one, since it takes reading the same weights
 
 
 @dataclass(frozen=True)

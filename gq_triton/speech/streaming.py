@@ -25,7 +25,7 @@ from gq_triton.models.rnnt import BifocalEncoder, BifocalState
 from .decoding import BeamDecoder, BeamState, GreedyDecoder, GreedyState
 from .features import LogMelState
 from .graphs import GraphedGreedyDecoder, graphed
-from .mel import frame_at
+from .mel import HOP_MS, chunk_samples, frame_at
 from .recognizer import Recognizer
 from .segments import Endpointing, Result
 
@@ -91,23 +91,18 @@ class StreamingRecognizer:
             raise ValueError("recognizer is in training mode: call recognizer.eval() first")
         if streams < 1:
             raise ValueError(f"streams must be at least 1, got {streams}")
-        hop_ms = 1000 * front_end.hop // front_end.sample_rate
-        frame_ms = hop_ms * model.encoder.subsampling
-        if not isinstance(chunk_ms, int) or chunk_ms < 1 or chunk_ms % frame_ms:
-            raise ValueError(
-                f"chunk_ms must be a positive multiple of {frame_ms}, the encoder's frame, got {chunk_ms!r}"
-            )
+        frame_ms = HOP_MS * model.encoder.subsampling
+        self._step = chunk_samples(chunk_ms, frame_ms)
         if beam_width < 1:
             raise ValueError(f"beam_width must be at least 1, got {beam_width}")
         self.recognizer, self.streams, self.chunk_ms = recognizer, streams, chunk_ms
         self.beam_width, self.endpointing = beam_width, endpointing
         self.frame_seconds, self._frame_ms = frame_ms / 1000, frame_ms
-        self._step = chunk_ms // hop_ms * front_end.hop
         self._window = self._step + front_end.window - front_end.hop
         self._device = next(chain(model.parameters(), model.buffers())).device
         self.encoder, self.decoder = model.encoder, GreedyDecoder(model)
         if self._device.type == "cuda":
-            self.encoder = graphed(model.encoder, chunk_ms // hop_ms)
+            self.encoder = graphed(model.encoder, chunk_ms // HOP_MS)
             self.decoder = GraphedGreedyDecoder(model, chunk_ms // frame_ms)
         if beam_width > 1:
             self.decoder = BeamDecoder(model, width=beam_width)
