@@ -41,9 +41,9 @@ def play(recognizer: Streaming, samples: np.ndarray, variant: dict) -> dict:
     Returns:
         ``upl_ms``, from the last sample to the final result; ``first_partial_ms``, from the end of the first label's
         frame to the first result that has it; ``chunks_ms``, of each call that had the encoder advance before the end;
-        ``compute_s``, of all calls; ``audio_s``; ``left_chunks``, how many were left when the last block came;
-        ``labels``, how many came, and ``wanted_labels``; ``late_ms``, how late after a block's last sample the process
-        woke up, in the middle; ``logits``, those of the last label.
+        ``compute_s``, of all calls; ``audio_s``; ``left_calls``, how many calls of the encoder were left when the last
+        block came; ``labels``, how many came, and ``wanted_labels``; ``late_ms``, how late after a block's last sample
+        the process woke up, in the middle; ``logits``, those of the last label.
     """
     recognizer.restart()
     start = time.perf_counter() + LEAD
@@ -67,13 +67,14 @@ def play(recognizer: Streaming, samples: np.ndarray, variant: dict) -> dict:
     labels = recognizer.finish()
     ended = time.perf_counter()
     encoder_frames = frames_within(heard + variant["tail_samples"]) // variant["subsampling"]
+    done = frames_within(heard) // chunk_frames
     return {
         "audio_s": heard / SAMPLE_RATE,
         "upl_ms": 1e3 * (ended - start - heard / SAMPLE_RATE),
         "first_partial_ms": 1e3 * ((first or ended) - start - first_label_spoken(variant)),
         "chunks_ms": [1e3 * chunk for chunk in chunks],
         "compute_s": compute + ended - began,
-        "left_chunks": -(-encoder_frames * variant["subsampling"] // chunk_frames) - before,
+        "left_calls": done - before + (encoder_frames * variant["subsampling"] > done * chunk_frames),
         "labels": labels,
         "wanted_labels": encoder_frames // variant["label_frames"],
         "late_ms": 1e3 * float(np.median(late or [0.0])),

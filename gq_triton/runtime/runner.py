@@ -202,8 +202,9 @@ class Stream:
         Raises:
             ValueError: it has finished already.
         """
-        self.push(np.zeros(self._runner.front_end.settings.tail_samples, np.float32))
-        self._decode(self._audio)
+        self._require_open()
+        # All that is left at once: each weight that does not depend on the step before is read but once.
+        self._decode(np.pad(self._audio, (0, self._runner.front_end.settings.tail_samples)))
         self._audio, self._finished = self._audio[:0], True
         return self.text
 

@@ -53,7 +53,8 @@ class _Replayed:
 class GraphedEncoder:
     """An encoder's ``stream``, with a graph for each number of streams that bring a whole chunk each.
 
-    A state must keep its shapes from one whole chunk to the next. Chunks of another length are encoded without a graph.
+    A state must keep its shapes from one whole chunk to the next. What is less than a whole chunk is encoded without a
+    graph.
 
     Args:
         encoder: what is captured; not to be changed any more.
@@ -65,13 +66,20 @@ class GraphedEncoder:
         self._steps: dict[int, _EncoderStep] = {}
 
     def stream(self, features: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Encodes one chunk, ``(B, chunk, F)``; see :meth:`gq_triton.models.rnnt.Encoder.stream`."""
-        batch, frames, _ = features.shape
-        if frames != self.chunk:
-            return self.encoder.stream(features, state)
+        """Encodes ``(B, T, F)``, chunk by chunk; see :meth:`gq_triton.models.rnnt.Encoder.stream`."""
+        parts = []
+        for chunk in features.split(self.chunk, 1):
+            encoded, state = self._step(chunk, state)(chunk, state)
+            parts.append(encoded)
+        return torch.cat(parts, 1), state
+
+    def _step(self, chunk: Tensor, state: Any) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+        batch, frames, _ = chunk.shape
+        if frames < self.chunk:
+            return self.encoder.stream
         if batch not in self._steps:
-            self._steps[batch] = _EncoderStep(self.encoder, features, state)
-        return self._steps[batch](features, state)
+            self._steps[batch] = _EncoderStep(self.encoder, chunk, state)
+        return self._steps[batch]
 
 
 class GraphedBifocalEncoder:
@@ -119,7 +127,7 @@ class GraphedGreedyDecoder(GreedyDecoder):
 
     Args:
         model: what is captured; not to be changed any more.
-        frames: the most encoder frames of a call.
+        frames: of the encoder, that a graph is made for.
     """
 
     def __init__(self, model: nn.Module, frames: int, *, max_symbols: int = MAX_SYMBOLS) -> None:
@@ -128,14 +136,15 @@ class GraphedGreedyDecoder(GreedyDecoder):
         self._loops: dict[int, _LabelLoop] = {}
 
     def advance(self, state: GreedyState, encoded: Tensor, lengths: Tensor) -> GreedyState:
-        """Decodes ``(B, T, E)`` further encoder frames, T at most ``frames``, ``lengths`` of them valid."""
-        batch, frames, _ = encoded.shape
-        if frames > self.frames:
-            raise ValueError(f"encoded has {frames} frames; at most {self.frames} are allowed")
+        """Decodes ``(B, T, E)`` further encoder frames, ``lengths`` of them valid."""
+        batch = len(lengths)
         if batch not in self._loops:
             self._loops[batch] = _LabelLoop(self, state)
-        projected = self.model.joint.encoder(nn.functional.pad(encoded, (0, 0, 0, self.frames - frames)))
-        return self._loops[batch](state, projected, lengths)
+        for start, part in enumerate(encoded.split(self.frames, 1)):
+            projected = self.model.joint.encoder(nn.functional.pad(part, (0, 0, 0, self.frames - part.shape[1])))
+            valid = (lengths - start * self.frames).clamp(0, self.frames)
+            state = self._loops[batch](state, projected, valid)
+        return state
 
 
 class _LabelLoop:

@@ -141,16 +141,16 @@ class StreamingRecognizer:
 
     @torch.inference_mode()
     def finish(self, stream: int = 0) -> Result:
-        """Ends a stream, with the silence that the front end appends, and returns its last segment, final.
+        """Ends a stream, with the silence that the front end appends, and returns its last segment, final. No segment
+        ends within that silence.
 
         Raises:
             ValueError: a stream that there is not, or that has finished already.
         """
         last = self._open(stream)
-        last.audio = torch.cat([last.audio, last.audio.new_zeros(self.recognizer.front_end.tail_samples)])
-        self._advance([last])
-        self._decode([last], last.audio[None])
-        last.audio, last.finished = last.audio[:0], True
+        left = torch.cat([last.audio, last.audio.new_zeros(self.recognizer.front_end.tail_samples)])
+        self._decode([last], left[None])  # all at once: most weights are read but once
+        last.audio, last.finished = left[:0], True
         return replace(self._result(last, is_final=True), ended=tuple(_taken(last.ended)))
 
     @torch.inference_mode()

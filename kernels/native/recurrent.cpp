@@ -3,8 +3,9 @@
 // Time runs in parts of a bounded number of tokens: the products of a part's inputs with W_ih come first, so that its
 // codes are read once for all of them; then its segments run step by step. A thread has the same blocks of units, all
 // gates of them, from beginning to end: they are one stream of panels, and what it computes of the inputs and of c
-// nobody else needs. Threads meet once a step, when its h is complete, and once more before a projection. What all need
-// of h each quantizes for itself, which costs less than meeting again.
+// nobody else needs. Steps go to and fro: what one has read last of W_hh the next finds in a cache too small for all of
+// it. Threads meet once a step, when its h is complete, and once more before a projection. What all need of h each
+// quantizes for itself, which costs less than meeting again.
 
 #include <algorithm>
 #include <cstring>
@@ -23,6 +24,7 @@ namespace {
 constexpr int64_t INPUT_NUMBERS = 1 << 18;  // of a part's products with W_ih: 1 MB
 constexpr int64_t FEWEST = 16;              // tokens of a part, and a divisor: whole bundles
 constexpr int64_t PRODUCTS = 1 << 14;       // of a step that are there at a time, if more than one block: 64 KB
+constexpr int64_t TURNS = 8;                // runs of units that a step is made of, if there are as many
 constexpr int64_t MOST = INT32_MAX;
 
 struct Segment {
@@ -192,14 +194,23 @@ class Worker {
         if (units_.begin == units_.end) return;
         const float* h = segment.before < 0 ? of_.h0 + segment.sequence * size_ : of_.out + segment.before * size_;
         take(layer_.hh, own_.h, h, segment.count);
-        const int64_t stride = segment.count * BLOCK, most = std::max<int64_t>(1, PRODUCTS / (gates_ * stride));
-        for (int64_t first = units_.begin; first < units_.end; first += most) {
-            const int64_t units = std::min(most, units_.end - first);
-            float* products = own_.products.data();
-            layer_.hh.multiply(isa_, first * gates_, units * gates_, own_.h, products, stride);
-            for (int64_t unit = first; unit < first + units; ++unit, products += gates_ * stride)
-                update(segment, slot, unit, products, h);
+        const int64_t stride = segment.count * BLOCK, units = units_.end - units_.begin;
+        const int64_t most = std::max<int64_t>(1, std::min(PRODUCTS / (gates_ * stride), units / TURNS));
+        const int64_t runs = cdiv(units, most);
+        for (int64_t i = 0; i < runs; ++i) {
+            const int64_t first = units_.begin + most * (back_ ? runs - 1 - i : i);
+            step_units({first, std::min(units_.end, first + most)}, segment, slot, h);
         }
+        back_ = !back_;
+    }
+
+    void step_units(Range units, const Segment& segment, int64_t slot, const float* h) {
+        const int64_t stride = gates_ * segment.count * BLOCK;
+        const float* products = own_.products.data();
+        layer_.hh.multiply(isa_, units.begin * gates_, (units.end - units.begin) * gates_, own_.h, own_.products.data(),
+                           segment.count * BLOCK);
+        for (int64_t unit = units.begin; unit < units.end; ++unit, products += stride)
+            update(segment, slot, unit, products, h);
     }
 
     // A block of units; `before` are all of h.
@@ -274,6 +285,7 @@ class Worker {
     const int index_, count_;
     const Range units_;
     int64_t done_ = 0;
+    bool back_ = false;  // whether the next step goes from the last units to the first
     float last_biases_[2][4][BLOCK] = {};
 };
 

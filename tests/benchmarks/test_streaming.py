@@ -288,13 +288,13 @@ def test_what_is_left_to_the_end():
     """9700 samples: 59 frames, of which 48 make whole chunks; 64 with the silence, 60 of them 10 of the encoder's."""
     played = streaming_worker.play(Recognizer(), np.zeros(9700, np.float32), VARIANT)
     assert len(played["chunks_ms"]) == 4
-    assert (played["left_chunks"], played["labels"], played["wanted_labels"]) == (1, 2, 3)
+    assert (played["left_calls"], played["labels"], played["wanted_labels"]) == (1, 2, 3)
 
 
 def test_a_chunk_that_the_last_block_completes_is_left_to_the_end():
     played = streaming_worker.play(Recognizer(), np.zeros(400 + 47 * 160, np.float32), VARIANT | {"tail_samples": 0})
     assert len(played["chunks_ms"]) == 4
-    assert played["left_chunks"] == 1
+    assert played["left_calls"] == 1
 
 
 def test_the_first_partial_is_timed_from_the_end_of_its_frame():
