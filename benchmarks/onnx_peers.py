@@ -1,7 +1,8 @@
 """onnxruntime's layers on quantized weights, as peers on a CPU.
 
 A graph is built of the operators themselves, several nodes on one input, so that what a run costs the caller weighs as
-little as it does in a model. Each node has weights in memory of its own.
+little as it does in a model. Each node has weights in memory of its own: onnxruntime keeps equal weights but once, so
+in each node's a few differ, by a unit, from what they are in the others.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class OnnxLayer(NamedTuple):
         options: its attributes.
         weight_bytes: what it reads of the weights, scales included.
         dimensions: of the input, and of the output.
+        matrices: how many of the operands, from the first on, are codes of weights.
     """
 
     operator: str
@@ -35,6 +37,7 @@ class OnnxLayer(NamedTuple):
     options: dict[str, Any]
     weight_bytes: int
     dimensions: tuple[int, int]
+    matrices: int = 1
 
     def copies(self, count: int, threads: int) -> list[Callable[[Tensor], list[Tensor]]]:
         """Calls that together compute ``count`` layers on an input; each returns the outputs of some."""
@@ -63,7 +66,9 @@ def _graph(layer: OnnxLayer, count: int) -> bytes:
     nodes, constants, outputs = [], [], []
     input_rank, output_rank = layer.dimensions
     for index in range(count):
-        parts = {f"{place}.{index}": part for place, part in enumerate(layer.operands)}
+        codes, others = layer.operands[: layer.matrices], layer.operands[layer.matrices :]
+        operands = *(_distinct(matrix, index) for matrix in codes), *others
+        parts = {f"{place}.{index}": part for place, part in enumerate(operands)}
         constants += [numpy_helper.from_array(part, name) for name, part in parts.items() if part is not None]
         names = ["" if part is None else name for name, part in parts.items()]
         outputs.append(helper.make_tensor_value_info(f"y.{index}", TensorProto.FLOAT, [None] * output_rank))
@@ -73,6 +78,13 @@ def _graph(layer: OnnxLayer, count: int) -> bytes:
     operators = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph(nodes, "layers", [x], outputs, constants)
     return helper.make_model(graph, opset_imports=operators, ir_version=9).SerializeToString()
+
+
+def _distinct(codes: np.ndarray, index: int) -> np.ndarray:
+    """A copy of a weight's codes in which the lowest bits of the first ``index`` bytes are the other ones."""
+    codes = codes.copy()
+    codes.reshape(-1)[:index] ^= 1
+    return codes
 
 
 def int8(weight: Tensor) -> OnnxLayer:
@@ -110,7 +122,7 @@ def lstm_int8(lstm: nn.LSTM) -> OnnxLayer:
     bias = torch.cat([_reordered(getattr(lstm, name), order) for name in ("bias_ih_l0", "bias_hh_l0")])
     operands = (*weights, bias[None].numpy(), None, None, None, None, scales[0], zeros[0], scales[1], zeros[1])
     count = _bytes([*weights, *scales])
-    return OnnxLayer("DynamicQuantizeLSTM", operands, {"hidden_size": lstm.hidden_size}, count, (3, 4))
+    return OnnxLayer("DynamicQuantizeLSTM", operands, {"hidden_size": lstm.hidden_size}, count, (3, 4), matrices=2)
 
 
 def _reordered(rows: Tensor, order: list[int]) -> Tensor:
