@@ -37,7 +37,7 @@ __all__ = [
     "use",
 ]
 
-ABI = 1  # GQ_ABI of gq_native.h
+ABI = 2  # GQ_ABI of gq_native.h
 ISAS = ("avx512", "avxvnni", "avx2", "neon", "portable")
 ACTIVATIONS = {"none": 0, "int8": 1, "fp8": 2}
 CODEBOOKS = {"float32": 0, "int8": 1, "float8_e4m3fn": 2}

@@ -6,18 +6,23 @@ block is one tile after the other, a tile 16 rows by 32 columns in 64 bytes for 
 of columns, 0 <= j < 8, is columns 4 j to 4 j + 3, and place l = 4 row + column mod 4 is one of 64: a register holds a
 byte for each place, that is four columns in a row for each of 16 rows.
 
-Codes are cut into fields of 4, 2 and 1 bits as in `gq_triton.kernels.packing`, widest first.  The fields of a tile that
-are w bits wide form w registers, one after the other,
+A tile of codes of b bits is b registers, one after the other.  Let (j, l) be the code of place l of column group j.  A
+byte has room for n = floor(8 / b) whole codes, and 8 - n b bits are left over:
 
-    w = 4    byte l of register i is field (2 i, l) + 16 field (2 i + 1, l)
-    w = 2    byte l of register i has field (4 i + j, l) in bits 2 j and 2 j + 1
-    w = 1    bit j of byte l is field (j, l)
+    j < n b    (j, l) is bits b (j mod n) to b (j mod n) + b - 1 of byte l of register floor(j / n)
+    else       its bits are cut: the bits left over of byte l, register after register and from the lowest to the
+               highest, are the bits of the last codes, likewise group after group
 
-where (j, l) is place l of column group j.  Codes of 8 bits are not cut: byte l of register j is code (j, l).  If their
-codebook is int8 it is the entry itself, plus 128, and no kernel has to look it up.  Padding is 0 (as an entry, 128).
+    of 5 bits, for example:    register  0  1  2  3  4
+                               bits 0-4  codes of groups 0, 1, 2, 3, 4
+                               bits 5-7  5 5 5 | 5 5 6 | 6 6 6 | 6 7 7 | 7 7 7
+
+If the codebook of codes of 8 bits is int8, byte l is the entry itself, plus 128, and no kernel has to look it up.
+Padding is 0 (as an entry, 128).
 
 Why.  Lanes are rows, so that sums never cross lanes: inputs are broadcast four at a time, and an instruction multiplies
-them by four columns of 16 rows.  A block is one stream of bytes for the memory's prefetcher.
+them by four columns of 16 rows.  A block is one stream of bytes for the memory's prefetcher.  Whole codes in the lowest
+bits are looked up as they are: permutations of bytes ignore what is above.
 
 Only `packing` is written to files; a weight is converted where it moves to or from a CPU.
 """
@@ -29,7 +34,7 @@ from torch import Tensor
 
 from gq_triton.kernels import native
 from gq_triton.kernels.backend import cdiv
-from gq_triton.kernels.packing import PLANES, pack, packed_bytes
+from gq_triton.kernels.packing import pack, packed_bytes
 from gq_triton.kernels.tiles import row_blocks
 
 __all__ = ["panel", "panel_bytes", "unpanel"]
@@ -97,10 +102,11 @@ def _codes(panels: Tensor, codebook: Tensor, bits: int, rows: int, columns: int,
     if bits == 8:
         codes = _first_codes(codebook)[registers.int()] if codebook.dtype == torch.int8 else registers
     else:
-        codes = torch.zeros(blocks, groups, tiles, 8, 64, dtype=torch.uint8, device=panels.device)
-        for width, plane in zip(PLANES[bits], registers.split(PLANES[bits], 3), strict=True):
-            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=panels.device).view(-1, 1)
-            codes = codes << width | (plane.unsqueeze(4) >> shifts & (1 << width) - 1).view_as(codes)
+        each_bit = torch.arange(8, dtype=torch.uint8, device=panels.device).view(-1, 1)
+        found = registers.unsqueeze(4) >> each_bit & 1  # (..., register, bit, place)
+        whole = 8 // bits * bits
+        in_order = torch.cat([part.flatten(3, 4) for part in (found[..., :whole, :], found[..., whole:, :])], 3)
+        codes = (in_order.unflatten(3, (8, bits)) << each_bit[:bits]).sum(4, dtype=torch.uint8)
     codes = codes.view(blocks, groups, tiles, 8, 16, 4).permute(1, 0, 4, 2, 3, 5)
     return codes.reshape(groups, blocks * 16, tiles * 32)[:, : rows // groups, :columns].reshape(rows, columns)
 

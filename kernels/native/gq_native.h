@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define GQ_ABI 1 /* raised with every change of this file that callers notice */
+#define GQ_ABI 2 /* raised with every change of this file that callers notice */
 
 enum gq_codebook { GQ_FLOAT32 = 0, GQ_INT8 = 1, GQ_E4M3 = 2 }; /* q stands for q, q / 127 and q / 256 */
 enum gq_activations { GQ_NONE = 0, GQ_ACTIVATIONS_INT8 = 1, GQ_ACTIVATIONS_E4M3 = 2 };

@@ -20,6 +20,21 @@ constexpr int64_t TILE = 32;   // columns of a tile
 
 GQ_INLINE constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Bits of the code of one place and group of columns (gq_triton/kernels/panels.py): `count` of them, those from bit `to`
+// on, are bits of a register's byte, from `bit` on.
+struct Part {
+    int register_, bit, count, to;
+};
+
+// The part of group j's code that begins with bit `to`. Of codes of `bits` bits, a byte has room for `whole`, and `left`
+// bits beside them.
+GQ_INLINE constexpr Part part_of(int bits, int j, int to) {
+    const int whole = 8 / bits, left = 8 % bits;
+    if (j < whole * bits) return {j / whole, j % whole * bits + to, bits - to, to};
+    const int place = (j - whole * bits) * bits + to, more = left - place % left;
+    return {place / left, 8 - more, bits - to < more ? bits - to : more, to};
+}
+
 enum Path { INTEGERS = 0, FLOATS = 1 };
 
 // A checked weight, with what products need of it.

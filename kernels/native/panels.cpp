@@ -14,7 +14,7 @@ namespace {
 // A part of each code: `width` bits of it, from bit `shift` on.
 struct Field {
     int width, shift;
-    int64_t plane, register_;  // where it begins: bytes from the first plane, and in a tile
+    int64_t plane;  // where it begins, in bytes from the first plane
 
     int mask() const { return (1 << width) - 1; }
     int fields() const { return 8 / width; }  // in a byte
@@ -23,13 +23,12 @@ struct Field {
 // The fields of codes of so many bits, the highest first, in bit planes of `count` codes.
 std::vector<Field> fields_of(int bits, int64_t count) {
     std::vector<Field> fields;
-    int64_t plane = 0, register_ = 0;
+    int64_t plane = 0;
     for (int left = bits; left;) {
         const int width = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         left -= width;
-        fields.push_back({width, left, plane, register_});
+        fields.push_back({width, left, plane});
         plane += cdiv(count * width, 8);
-        register_ += 64 * width;
     }
     return fields;
 }
@@ -63,48 +62,39 @@ void write_row(const uint8_t* codes, const std::vector<Field>& fields, int64_t f
     }
 }
 
-// Codes of a row in its block, `lane` of 16. All tiles are zeros where nothing was written yet.
-void write_lane(const uint8_t* codes, const std::vector<Field>& fields, int bits, int64_t count, int64_t lane,
-                uint8_t* block) {
+// Codes of a row in its block, `lane` of 16; what is stored for each is `map`.
+template <int BITS>
+void write_lane(const uint8_t* codes, const std::vector<uint8_t>& map, int64_t count, int64_t lane, uint8_t* block) {
     for (int64_t k = 0; k < count; ++k) {
-        uint8_t* place = block + k / TILE * bits * 64 + 4 * lane + k % 4;
-        const int64_t j = k % TILE / 4;
-        for (const Field& field : fields) {
-            const int part = codes[k] >> field.shift & field.mask();
-            place[field.register_ + 64 * (j / field.fields())] |=
-                static_cast<uint8_t>(part << j % field.fields() * field.width);
+        uint8_t* place = block + k / TILE * BITS * 64 + 4 * lane + k % 4;
+        const int code = map[codes[k]], j = static_cast<int>(k % TILE / 4);
+        for (int to = 0; to < BITS;) {
+            const Part part = part_of(BITS, j, to);
+            const int mask = (1 << part.count) - 1;
+            uint8_t& byte = place[64 * part.register_];
+            byte = static_cast<uint8_t>((byte & ~(mask << part.bit)) | (code >> to & mask) << part.bit);
+            to += part.count;
         }
     }
 }
 
-void read_lane(const uint8_t* block, const std::vector<Field>& fields, int bits, int64_t count, int64_t lane,
-               uint8_t* codes) {
+template <int BITS>
+void read_lane(const uint8_t* block, const std::vector<int16_t>& map, int64_t count, int64_t lane, uint8_t* codes) {
     for (int64_t k = 0; k < count; ++k) {
-        const uint8_t* place = block + k / TILE * bits * 64 + 4 * lane + k % 4;
-        const int64_t j = k % TILE / 4;
-        int code = 0;
-        for (const Field& field : fields) {
-            const int byte = place[field.register_ + 64 * (j / field.fields())] >> j % field.fields() * field.width;
-            code |= (byte & field.mask()) << field.shift;
+        const uint8_t* place = block + k / TILE * BITS * 64 + 4 * lane + k % 4;
+        const int j = static_cast<int>(k % TILE / 4);
+        int stored = 0;
+        for (int to = 0; to < BITS;) {
+            const Part part = part_of(BITS, j, to);
+            stored |= (place[64 * part.register_] >> part.bit & ((1 << part.count) - 1)) << to;
+            to += part.count;
         }
-        codes[k] = static_cast<uint8_t>(code);
+        if (map[stored] < 0) refuse("weight.panels hold a value that weight.codebook does not have");
+        codes[k] = static_cast<uint8_t>(map[stored]);
     }
 }
 
-// Codes of 8 bits fill their bytes; what is stored for each is `map`.
-void write_bytes(const uint8_t* codes, const uint8_t* map, int64_t count, int64_t lane, uint8_t* block) {
-    for (int64_t k = 0; k < count; ++k) block[k / 4 * 64 + 4 * lane + k % 4] = map[codes[k]];
-}
-
-void read_bytes(const uint8_t* block, const int16_t* map, int64_t count, int64_t lane, uint8_t* codes) {
-    for (int64_t k = 0; k < count; ++k) {
-        const int code = map[block[k / 4 * 64 + 4 * lane + k % 4]];
-        if (code < 0) refuse("weight.panels hold a value that weight.codebook does not have");
-        codes[k] = static_cast<uint8_t>(code);
-    }
-}
-
-// What panels hold for a code of 8 bits.
+// What panels hold for each code.
 std::vector<uint8_t> stored_bytes(const Weight& weight) {
     std::vector<uint8_t> map(256);
     for (int code = 0; code < 256; ++code)
@@ -127,6 +117,7 @@ void for_rows(const Weight& weight, const Function& f) {
         for (int64_t lane = 0; lane < weight.row_count(block); ++lane) f(weight.first_row(block) + lane, block, lane);
 }
 
+template <int BITS>
 void to_panels(const Weight& weight, const uint8_t* planes, uint8_t* panels) {
     const std::vector<Field> fields = fields_of(weight.bits, weight.rows * weight.columns);
     const std::vector<uint8_t> map = stored_bytes(weight);
@@ -135,11 +126,11 @@ void to_panels(const Weight& weight, const uint8_t* planes, uint8_t* panels) {
     for_rows(weight, [&](int64_t row, int64_t block, int64_t lane) {
         uint8_t* to = panels + block * weight.block_bytes();
         read_row(planes, fields, row * weight.columns, weight.columns, codes.data());
-        if (weight.bits == 8) write_bytes(codes.data(), map.data(), weight.columns, lane, to);
-        else write_lane(codes.data(), fields, weight.bits, weight.columns, lane, to);
+        write_lane<BITS>(codes.data(), map, weight.columns, lane, to);
     });
 }
 
+template <int BITS>
 void to_planes(const Weight& weight, uint8_t* planes, int64_t plane_bytes) {
     const std::vector<Field> fields = fields_of(weight.bits, weight.rows * weight.columns);
     const std::vector<int16_t> map = codes_of(stored_bytes(weight));
@@ -147,11 +138,15 @@ void to_planes(const Weight& weight, uint8_t* planes, int64_t plane_bytes) {
     std::memset(planes, 0, plane_bytes);
     for_rows(weight, [&](int64_t row, int64_t block, int64_t lane) {
         const uint8_t* from = weight.panels + block * weight.block_bytes();
-        if (weight.bits == 8) read_bytes(from, map.data(), weight.columns, lane, codes.data());
-        else read_lane(from, fields, weight.bits, weight.columns, lane, codes.data());
+        read_lane<BITS>(from, map, weight.columns, lane, codes.data());
         write_row(codes.data(), fields, row * weight.columns, weight.columns, planes);
     });
 }
+
+constexpr decltype(&to_panels<1>) TO_PANELS[] = {nullptr,      to_panels<1>, to_panels<2>, to_panels<3>, to_panels<4>,
+                                                to_panels<5>, to_panels<6>, to_panels<7>, to_panels<8>};
+constexpr decltype(&to_planes<1>) TO_PLANES[] = {nullptr,      to_planes<1>, to_planes<2>, to_planes<3>, to_planes<4>,
+                                                to_planes<5>, to_planes<6>, to_planes<7>, to_planes<8>};
 
 Weight checked(const gq_weight* weight, const uint8_t* planes, int64_t plane_bytes) {
     const Weight checked = check_codes("weight", weight);
@@ -171,10 +166,13 @@ int64_t gq_panel_bytes(int32_t bits, int64_t rows, int64_t columns, int32_t grou
 int32_t gq_to_panels(const uint8_t* planes, int64_t plane_bytes, const gq_weight* weight) {
     return gq::guarded([&] {
         const gq::Weight checked = gq::checked(weight, planes, plane_bytes);
-        gq::to_panels(checked, planes, const_cast<uint8_t*>(checked.panels));
+        gq::TO_PANELS[checked.bits](checked, planes, const_cast<uint8_t*>(checked.panels));
     });
 }
 
 int32_t gq_to_planes(const gq_weight* weight, uint8_t* planes, int64_t plane_bytes) {
-    return gq::guarded([&] { gq::to_planes(gq::checked(weight, planes, plane_bytes), planes, plane_bytes); });
+    return gq::guarded([&] {
+        const gq::Weight checked = gq::checked(weight, planes, plane_bytes);
+        gq::TO_PLANES[checked.bits](checked, planes, plane_bytes);
+    });
 }

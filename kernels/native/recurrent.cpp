@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t INPUT_NUMBERS = 1 << 18;  // of a part's products with W_ih: 1 MB
 constexpr int64_t FEWEST = 16;              // tokens of a part, and a divisor: whole bundles
 constexpr int64_t PRODUCTS = 1 << 14;       // of a step that are there at a time, if more than one block: 64 KB
-constexpr int64_t TURNS = 8;                // runs of units that a step is made of, if there are as many
+constexpr int64_t TURNS = 4;                // runs of units that a step is made of, if there are as many
 constexpr int64_t MOST = INT32_MAX;
 
 struct Segment {

@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace {
 
 struct Simd {
@@ -28,11 +30,11 @@ struct Simd {
 
     static __m256i load_register(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-    // Bytes are looked up by 4 bits of the code, and chosen by the rest.
+    // Bytes are looked up by the lowest 4 bits of the code, and chosen by the rest.
     template <int BITS>
     struct Decoder {
         static constexpr int REST = BITS > 4 && BITS < 8 ? BITS - 4 : 0;
-        static constexpr int TABLES = BITS == 1 ? 4 : BITS < 4 ? 2 : 1 << REST;
+        static constexpr int TABLES = BITS < 3 ? 4 / BITS : 1 << REST;
 
         __m256i tables[TABLES];  // of 8 bits: what the code's bits are flipped by
 
@@ -40,18 +42,17 @@ struct Simd {
         explicit Decoder(const uint8_t* entries) {
             for (int table = 0; table < TABLES; ++table) {
                 uint8_t bytes[16];
-                for (int nibble = 0; nibble < 16; ++nibble) bytes[nibble] = entries[code(table, nibble)];
+                for (int nibble = 0; nibble < 16; ++nibble) bytes[nibble] = entries[code_of(table, nibble)];
                 tables[table] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<__m128i*>(bytes)));
             }
         }
 
-        // The code that entry `nibble` of a table decodes. Fields of one or two bits stay where they are in the nibble,
-        // and each place has a table of its own, which spares shifts; the third bit comes in between.
-        static constexpr int code(int table, int nibble) {
+        // The code that entry `nibble` of a table decodes. Codes of one or two bits stay where they are in the nibble,
+        // and each place has a table of its own, which spares shifts.
+        static constexpr int code_of(int table, int nibble) {
             if (BITS == 8) return 0;
-            if (BITS == 3) return table ? nibble >> 1 & 7 : (nibble & 3) << 1 | (nibble >> 2 & 1);
             if (BITS < 3) return nibble >> BITS * table & ((1 << BITS) - 1);
-            return nibble << REST | table;
+            return (table << 4 | nibble) & ((1 << BITS) - 1);
         }
 
         template <int J>
@@ -62,47 +63,56 @@ struct Simd {
         template <int J>
         __m256i half(const uint8_t* tile) const {
             if constexpr (BITS == 8) return _mm256_xor_si256(load_register(tile + 64 * J), tables[0]);
-            if constexpr (BITS == 1) return look_up(tables[J % 4], bits<4 * (J / 4), 0, 0x0F>(tile));
-            if constexpr (BITS == 2) return look_up(tables[J % 2], bits<J / 2 % 2 * 4, 0, 0x0F>(tile + 64 * (J / 4)));
-            if constexpr (BITS == 3) {
-                const __m256i upper = bits<J / 2 % 2 * 4, 0, J % 2 ? 0x0C : 0x03>(tile + 64 * (J / 4));
-                const __m256i lowest = J % 2 ? bits<J, 1, 0x02>(tile + 128) : bits<J, 2, 0x04>(tile + 128);
-                return look_up(tables[J % 2], _mm256_or_si256(upper, lowest));
+            if constexpr (BITS == 1) return look_up(tables[J % 4], mask<15>(move<-(J & 4)>(load_register(tile))));
+            if constexpr (BITS == 2) {
+                const __m256i codes = load_register(tile + 64 * (J / 4));
+                return look_up(tables[J % 2], mask<15>(move<-2 * (J & 2)>(codes)));
             }
-            if constexpr (BITS >= 4 && BITS < 8) {
-                const __m256i nibble = bits<4 * (J % 2), 0, 0x0F>(tile + 64 * (J / 2));
-                return choose<J, REST>(tables, nibble, tile + 256);
+            if constexpr (BITS > 2 && BITS < 8) {
+                constexpr bool WHOLE = J < 8 / BITS * BITS;  // with other bits above; else a shuffle takes the nibble
+                const __m256i codes = code<J>(tile);
+                return choose<REST>(tables, WHOLE ? mask<15>(codes) : codes, codes);
             }
         }
 
-        // Bits of each byte from FROM on, moved to TO, and the others masked off.
-        template <int FROM, int TO, int MASK>
-        static __m256i bits(const uint8_t* from) {
-            return _mm256_and_si256(move<TO - FROM>(load_register(from)), _mm256_set1_epi8(MASK));
+        // Codes in the lowest bits, from bit TO on; above whole codes there may be anything.
+        template <int J, int TO = 0>
+        static __m256i code(const uint8_t* tile) {
+            constexpr gq::Part PART = gq::part_of(BITS, J, TO);
+            const __m256i part = move<TO - PART.bit>(load_register(tile + 64 * PART.register_));
+            if constexpr (TO + PART.count == BITS) {
+                return TO ? mask<(1 << BITS) - (1 << TO)>(part) : part;
+            } else {
+                const __m256i above = code<J, TO + PART.count>(tile);
+                constexpr int MASK = ((1 << PART.count) - 1) << TO;
+                return _mm256_or_si256(mask<MASK>(part), above);
+            }
         }
 
-        template <int LEFT>
+        template <int MASK>
+        static __m256i mask(__m256i bytes) {
+            return _mm256_and_si256(bytes, _mm256_set1_epi8(static_cast<char>(MASK)));
+        }
+
+        // Bits of each byte, moved up or down; what crosses into the next byte is masked off or never looked at.
+        template <int UP>
         static __m256i move(__m256i bytes) {
-            if constexpr (LEFT > 0) return _mm256_slli_epi16(bytes, LEFT);
-            if constexpr (LEFT < 0) return _mm256_srli_epi16(bytes, -LEFT);
+            if constexpr (UP > 0) return _mm256_slli_epi16(bytes, UP);
+            if constexpr (UP < 0) return _mm256_srli_epi16(bytes, -UP);
             return bytes;
         }
 
         static __m256i look_up(__m256i table, __m256i nibble) { return _mm256_shuffle_epi8(table, nibble); }
 
-        // One of 2^LEFT tables, by the LEFT code bits in the planes at `rest`, the first of which halves the tables.
-        template <int J, int LEFT>
-        static __m256i choose(const __m256i* tables, __m256i nibble, const uint8_t* rest) {
+        // One of 2^LEFT tables, by as many bits of the code above its nibble: the highest halves the tables.
+        template <int LEFT>
+        static __m256i choose(const __m256i* tables, __m256i nibble, __m256i codes) {
             if constexpr (LEFT == 0) {
                 return look_up(tables[0], nibble);
             } else {
-                constexpr bool LAST = BITS % 2 && LEFT == 1;  // the plane of one bit, after that of two
-                constexpr int PLACE = LAST ? (BITS == 7 ? 128 : 0) : 64 * (J / 4);
-                constexpr int BIT = LAST ? J : 2 * (J % 4) + LEFT - 1 - BITS % 2;
-                const __m256i top = move<7 - BIT>(load_register(rest + PLACE));
-                const __m256i zero = choose<J, LEFT - 1>(tables, nibble, rest);
-                const __m256i one = choose<J, LEFT - 1>(tables + (1 << (LEFT - 1)), nibble, rest);
-                return _mm256_blendv_epi8(zero, one, top);
+                const __m256i zero = choose<LEFT - 1>(tables, nibble, codes);
+                const __m256i one = choose<LEFT - 1>(tables + (1 << (LEFT - 1)), nibble, codes);
+                return _mm256_blendv_epi8(zero, one, move<4 - LEFT>(codes));
             }
         }
     };

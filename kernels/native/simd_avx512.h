@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "isa.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // what GCC's own header leaves undefined, on purpose
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -28,7 +30,7 @@ struct Arrangements<2> {
 };
 template <>
 struct Arrangements<3> {
-    static constexpr int places[6][3] = {{1, 0, 2}, {3, 2, 1}, {5, 4, 2}, {5, 4, 3}, {1, 0, 4}, {3, 2, 5}};
+    static constexpr int places[2][3] = {{2, 1, 0}, {5, 4, 3}};
 };
 template <>
 struct Arrangements<4> {
@@ -36,15 +38,15 @@ struct Arrangements<4> {
 };
 template <>
 struct Arrangements<5> {
-    static constexpr int places[2][5] = {{3, 2, 1, 0, 4}, {3, 2, 1, 0, 5}};
+    static constexpr int places[4][5] = {{4, 3, 2, 1, 0}, {1, 0, 5, 4, 3}, {0, 5, 4, 3, 2}, {5, 4, 3, 2, 1}};
 };
 template <>
 struct Arrangements<6> {
-    static constexpr int places[1][6] = {{3, 2, 1, 0, 5, 4}};
+    static constexpr int places[1][6] = {{5, 4, 3, 2, 1, 0}};
 };
 template <>
 struct Arrangements<7> {  // two registers, by the seventh bit
-    static constexpr int places[1][7] = {{3, 2, 1, 0, 5, 4, 6}};
+    static constexpr int places[1][7] = {{6, 5, 4, 3, 2, 1, 0}};
 };
 
 struct Simd {
@@ -103,36 +105,35 @@ struct Simd {
         Bytes group(const uint8_t* tile) const {
             if constexpr (BITS == 1) return look_up<J < 6 ? J : J - 2>(move<J < 6 ? 0 : -2>(load_register(tile)));
             if constexpr (BITS == 2) return look_up<J % 4 < 3 ? J % 4 : 2>(pair<J>(tile));
-            if constexpr (BITS == 3) {
-                const __m512i bit = move<J == 0 ? 2 : J < 6 ? 0 : -4>(load_register(tile + 128));
-                return look_up<J < 6 ? J : J - 4>(select<3 << 2 * (J % 4 < 3 ? J % 4 : 2)>(pair<J>(tile), bit));
-            }
-            if constexpr (BITS == 4) return look_up<0>(nibble<J>(tile));
-            if constexpr (BITS == 5) {
-                const __m512i bit = move<4 - J / 2 * 2>(load_register(tile + 256));
-                return look_up<J % 2>(select<15>(nibble<J>(tile), bit));
-            }
-            if constexpr (BITS == 6) return look_up<0>(six<J>(tile));
-            if constexpr (BITS == 7) {
-                const __m512i seven = select<63>(six<J>(tile), move<6 - J>(load_register(tile + 384)));
-                return _mm512_permutex2var_epi8(tables[0], seven, tables[1]);
-            }
+            if constexpr (BITS == 3 && J < 6) return look_up<J % 2>(load_register(tile + 64 * (J / 2)));
+            if constexpr (BITS == 3 && J >= 6) return look_up<0>(code<J>(tile));
+            if constexpr (BITS == 4 || BITS == 6 || (BITS == 5 && J < 5)) return look_up<0>(code<J>(tile));
+            if constexpr (BITS == 5 && J >= 5) return look_up<J - 4>(left_of_five<J - 5>(tile));
+            if constexpr (BITS == 7) return _mm512_permutex2var_epi8(tables[0], code<J>(tile), tables[1]);
         }
 
-        // A field of four bits in the lowest four.
-        template <int J>
-        static __m512i nibble(const uint8_t* plane) {
-            return move<J % 2 ? -4 : 0>(load_register(plane + 64 * (J / 2)));
-        }
         // A field of two bits, where it is or, if that is the highest two, two lower.
         template <int J>
         static __m512i pair(const uint8_t* plane) {
             return move<J % 4 == 3 ? -2 : 0>(load_register(plane + 64 * (J / 4)));
         }
-        // A field of four and one of two in the lowest six.
-        template <int J>
-        static __m512i six(const uint8_t* tile) {
-            return select<15>(nibble<J>(tile), move<4 - 2 * (J % 4)>(load_register(tile + 256 + 64 * (J / 4))));
+
+        // The codes of the last three groups of 5 bits, with each register moved but once: three bits are those of
+        // register 2 I, and the other two those of its neighbours.
+        template <int I>
+        static __m512i left_of_five(const uint8_t* tile) {
+            const __m512i above = move<-2>(load_register(tile + 128 * I));
+            const __m512i first = move<-5>(load_register(tile + 64)), second = move<-5>(load_register(tile + 192));
+            return select<56>(above, I == 0 ? first : I == 2 ? second : select<4>(first, second));
+        }
+
+        // Codes in the lowest bits, from bit TO on, whatever is above.
+        template <int J, int TO = 0>
+        static __m512i code(const uint8_t* tile) {
+            constexpr gq::Part PART = gq::part_of(BITS, J, TO);
+            const __m512i part = move<TO - PART.bit>(load_register(tile + 64 * PART.register_));
+            if constexpr (TO + PART.count == BITS) return part;
+            else return select<((1 << PART.count) - 1) << TO>(part, code<J, TO + PART.count>(tile));
         }
 
         template <int TABLE>

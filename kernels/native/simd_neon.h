@@ -6,6 +6,8 @@
 #include <arm_neon.h>
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace {
 
 struct Simd {
@@ -54,36 +56,50 @@ struct Simd {
         template <int J>
         uint8x16_t quarter(const uint8_t* tile) const {
             if constexpr (BITS == 8) return veorq_u8(vld1q_u8(tile + 64 * J), tables[0]);
-            if constexpr (BITS == 1) return vqtbl1q_u8(tables[J % 4], field<4, J / 4>(tile));
-            if constexpr (BITS == 2) return vqtbl1q_u8(tables[J % 2], field<4, J / 2>(tile));
-            if constexpr (BITS == 3) return look_up(append<1, J>(field<2, J>(tile), tile + 128));
-            if constexpr (BITS == 4) return look_up(field<4, J>(tile));
-            if constexpr (BITS == 5) return look_up(append<1, J>(field<4, J>(tile), tile + 256));
-            if constexpr (BITS == 6) return look_up(append<2, J>(field<4, J>(tile), tile + 256));
-            if constexpr (BITS == 7)
-                return look_up(append<1, J>(append<2, J>(field<4, J>(tile), tile + 256), tile + 384));
+            if constexpr (BITS == 1) return vqtbl1q_u8(tables[J % 4], nibble<J / 4>(tile));
+            if constexpr (BITS == 2) return vqtbl1q_u8(tables[J % 2], nibble<J / 2>(tile));
+            if constexpr (BITS > 2 && BITS < 8) return look_up(code<J>(tile));
         }
 
-        // Field J of a plane, with the fields above it in the byte.
-        template <int WIDTH, int J>
-        static uint8x16_t raw(const uint8_t* plane) {
-            constexpr int FIELDS = 8 / WIDTH, SHIFT = WIDTH * (J % FIELDS);
-            const uint8x16_t bytes = vld1q_u8(plane + 64 * (J / FIELDS));
-            if constexpr (SHIFT == 0) return bytes;
-            else return vshrq_n_u8(bytes, SHIFT);
+        template <int I>
+        static uint8x16_t nibble(const uint8_t* tile) {
+            const uint8x16_t bytes = vld1q_u8(tile + 64 * (I / 2));
+            if constexpr (I % 2) return vshrq_n_u8(bytes, 4);
+            else return vandq_u8(bytes, vdupq_n_u8(15));
         }
 
-        template <int WIDTH, int J>
-        static uint8x16_t field(const uint8_t* plane) {
-            const uint8x16_t bytes = raw<WIDTH, J>(plane);
-            if constexpr (J % (8 / WIDTH) == 8 / WIDTH - 1) return bytes;
-            else return vandq_u8(bytes, vdupq_n_u8((1 << WIDTH) - 1));
+        template <int J>
+        static uint8x16_t code(const uint8_t* tile) {
+            constexpr gq::Part FIRST = gq::part_of(BITS, J, 0);
+            const uint8x16_t first = down<FIRST.bit>(vld1q_u8(tile + 64 * FIRST.register_));
+            return clean<J>(append<J, FIRST.count>(first, tile));
         }
 
-        // code << WIDTH | field J of a plane.
-        template <int WIDTH, int J>
-        static uint8x16_t append(uint8x16_t code, const uint8_t* plane) {
-            return vsliq_n_u8(raw<WIDTH, J>(plane), code, WIDTH);
+        // The code's bits from TO on, in place of what is above.
+        template <int J, int TO>
+        static uint8x16_t append(uint8x16_t code, const uint8_t* tile) {
+            if constexpr (TO == BITS) {
+                return code;
+            } else {
+                constexpr gq::Part PART = gq::part_of(BITS, J, TO);
+                const uint8x16_t part = down<PART.bit>(vld1q_u8(tile + 64 * PART.register_));
+                return append<J, TO + PART.count>(vsliq_n_u8(code, part, TO), tile);
+            }
+        }
+
+        // Without what lay above the code's last part.
+        template <int J, int TO = 0>
+        static uint8x16_t clean(uint8x16_t code) {
+            constexpr gq::Part PART = gq::part_of(BITS, J, TO);
+            if constexpr (TO + PART.count < BITS) return clean<J, TO + PART.count>(code);
+            else if constexpr (PART.bit + PART.count == 8) return code;
+            else return vandq_u8(code, vdupq_n_u8((1 << BITS) - 1));
+        }
+
+        template <int BY>
+        static uint8x16_t down(uint8x16_t bytes) {
+            if constexpr (BY == 0) return bytes;
+            else return vshrq_n_u8(bytes, BY);
         }
 
         uint8x16_t look_up(uint8x16_t code) const {

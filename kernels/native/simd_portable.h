@@ -45,21 +45,13 @@ struct Simd {
             return bytes;
         }
 
-        // The code at that place, its fields put together.
-        template <int J>
+        // The code at that place, from bit TO on, its parts put together.
+        template <int J, int TO = 0>
         static uint8_t code(const uint8_t* place) {
-            if constexpr (BITS == 8) return place[64 * J];
-            int code = 0;
-            if constexpr (BITS & 4) code = field<4, J>(place);
-            if constexpr (BITS & 2) code = code << 2 | field<2, J>(place + 64 * (BITS & 4));
-            if constexpr (BITS & 1) code = code << 1 | field<1, J>(place + 64 * (BITS & 6));
-            return static_cast<uint8_t>(code);
-        }
-
-        template <int WIDTH, int J>
-        static int field(const uint8_t* plane) {
-            constexpr int FIELDS = 8 / WIDTH;
-            return plane[64 * (J / FIELDS)] >> J % FIELDS * WIDTH & ((1 << WIDTH) - 1);
+            constexpr gq::Part PART = gq::part_of(BITS, J, TO);
+            const int part = (place[64 * PART.register_] >> PART.bit & ((1 << PART.count) - 1)) << TO;
+            if constexpr (TO + PART.count == BITS) return static_cast<uint8_t>(part);
+            else return static_cast<uint8_t>(part | code<J, TO + PART.count>(place));
         }
     };
 

@@ -63,16 +63,13 @@ def panels_by_definition(codes, codebook, bits, groups):
     padded[:, : rows // groups, :columns] = stored.reshape(groups, rows // groups, columns)
     # [block][group][tile][column group j][place l = 4 row + column mod 4]
     ordered = padded.reshape(groups, blocks, 16, tiles, 8, 4).transpose(1, 0, 3, 4, 2, 5)
-    ordered = ordered.reshape(blocks, groups, tiles, 8, 64)
-    if bits == 8:
-        return torch.from_numpy(ordered.reshape(-1).copy())
-    planes, left = [], bits
-    for width in packing.PLANES[bits]:
-        left -= width
-        fields = ((ordered >> left) & (2**width - 1)).reshape(blocks, groups, tiles, width, 8 // width, 64)
-        shifts = (np.arange(8 // width, dtype=np.uint8) * width)[:, None]
-        planes.append(np.bitwise_or.reduce(fields << shifts, axis=-2))
-    return torch.from_numpy(np.concatenate(planes, axis=3).reshape(-1))
+    each = ordered.reshape(blocks, groups, tiles, 8, 1, 64) >> np.arange(bits, dtype=np.uint8)[:, None] & 1
+    whole = 8 // bits * bits  # groups whose codes are not cut; a register has 8 bits of each place
+    parts = (
+        part.reshape(blocks, groups, tiles, bits, -1, 64) for part in (each[..., :whole, :, :], each[..., whole:, :, :])
+    )
+    registers = np.concatenate(list(parts), axis=-2) << np.arange(8, dtype=np.uint8)[:, None]
+    return torch.from_numpy(np.bitwise_or.reduce(registers, axis=-2).reshape(-1))
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)

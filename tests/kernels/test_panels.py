@@ -31,15 +31,13 @@ def by_definition(codes, codebook, bits, groups):
         for group in range(groups):
             for tile in range(-(-columns // 32)):
                 found = [[code(unit, group, tile, j, place) for j in range(8)] for place in range(64)]
-                below = bits
-                for width in (8,) if bits == 8 else packing.PLANES[bits]:
-                    below -= width
-                    across = 8 // width  # fields in a byte
-                    for register in range(width):
-                        for of_place in found:
-                            fields = of_place[register * across : (register + 1) * across]
-                            parts = ((field >> below) % 2**width << (width * j) for j, field in enumerate(fields))
-                            out.append(sum(parts))
+                whole, left = 8 // bits, 8 % bits  # codes in a byte, and bits beside them
+                for register in range(bits):
+                    for of_place in found:
+                        of_byte = of_place[register * whole : (register + 1) * whole]
+                        byte = sum(value << (bits * j) for j, value in enumerate(of_byte))
+                        last = sum(value << (bits * j) for j, value in enumerate(of_place[whole * bits :]))
+                        out.append(byte | (last >> (left * register)) % 2**left << (8 - left))
     return torch.tensor(out, dtype=torch.uint8)
 
 
