@@ -310,12 +310,11 @@ def native_lstm(layer: partial, x: Tensor, threads: int) -> Layer:
         native.Weight(*tensors, bits, len(tensors[2]), columns, GATES)
         for tensors, bits, columns in zip(own["weights"], own["bits"], sizes, strict=True)
     ]
-    segments = [(step, 0, 1, step - 1 if step else None) for step in range(len(x))]
+    layer, segments = native.Recurrent(weights, own["biases"], own["activations"], threads), native.Segments
     out = torch.empty(len(x), sizes[1])
 
     def forward(x: Tensor) -> list[Tensor]:
-        rows = x.view(len(x), -1), segments, states, weights, own["biases"]
-        native.recurrent(*rows, out, last, own["activations"], threads)
+        layer(x.view(len(x), -1), segments.of_one_sequence(len(x)), states, out, last)
         return [out, *last]
 
     return forward

@@ -15,11 +15,14 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "Recurrent",
+    "Segments",
     "Weight",
     "advise_huge",
     "available",
@@ -27,17 +30,17 @@ __all__ = [
     "depthwise_conv1d",
     "isa",
     "isas",
+    "layer_norm",
     "linear",
     "panel_bytes",
     "quantize_tokens",
     "reason",
-    "recurrent",
     "to_panels",
     "to_planes",
     "use",
 ]
 
-ABI = 2  # GQ_ABI of gq_native.h
+ABI = 3  # GQ_ABI of gq_native.h
 ISAS = ("avx512", "avxvnni", "avx2", "neon", "portable")
 ACTIVATIONS = {"none": 0, "int8": 1, "fp8": 2}
 CODEBOOKS = {"float32": 0, "int8": 1, "float8_e4m3fn": 2}
@@ -60,6 +63,7 @@ _FUNCTIONS = {
     "gq_quantize_tokens": (c_int32, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
     "gq_linear": (c_int32, (*_WEIGHT, c_int32, *_ARRAY, *_ARRAY, *_ARRAY, c_int64, c_int32)),
     "gq_decode_rows": (c_int32, (*_WEIGHT, *_ARRAY, *_ARRAY)),
+    "gq_layer_norm": (c_int32, (*_ARRAY, *_ARRAY, *_ARRAY, c_float, *_ARRAY)),
     "gq_recurrent": (c_int32, (c_void_p,)),
     "gq_depthwise_conv1d": (c_int32, (*_WEIGHT, *_ARRAY, *_ARRAY, *_ARRAY, *[c_int64] * 5, c_int32)),
     "gq_advise_huge": (None, (c_void_p, c_int64)),
@@ -327,6 +331,13 @@ def linear(
         _check(status)
 
 
+def layer_norm(x: Array, weight: Array, bias: Array, out: Array, epsilon: float = 1e-5) -> None:
+    """out = the normalization of x over its last dimension, the elements of weight and bias; all float32. ``out`` may
+    be ``x``."""
+    arrays = (*_array("x", x, "float32"), *_array("weight", weight, "float32"), *_array("bias", bias, "float32"))
+    _check(_library.gq_layer_norm(*arrays, epsilon, *_output("out", out)))
+
+
 def decode_rows(indices: Array, weight: Weight, out: Array) -> None:
     """out (..., columns), float32 = the rows of the weight that ``indices``, int64, name."""
     _check(_library.gq_decode_rows(weight.address, *_array("indices", indices, "int64"), *_output("out", out)))
@@ -382,50 +393,69 @@ class _RecurrentArguments(ctypes.Structure):
     ]
 
 
-def recurrent(
-    x: Array,
-    segments: Iterable[tuple[int, int, int, int | None]],
-    states: Sequence[Array],
-    weights: Sequence[Weight],
-    biases: Sequence[Array],
-    out: Array,
-    last: Sequence[Array],
-    activations: Sequence[str],
-    threads: int = 1,
-) -> None:
+class Segments:
+    """How a recurrent layer goes through the rows of its sequences.
+
+    Args:
+        segments: of time, in order: the first row of x and out, the first sequence, how many sequences (neighbouring
+            rows), and the row of out where the last states of these sequences begin, or None at the beginning.
+    """
+
+    def __init__(self, segments: Iterable[tuple[int, int, int, int | None]]) -> None:
+        numbers = [-1 if number is None else number for segment in segments for number in segment]
+        self.memory = (c_int64 * len(numbers))(*numbers)
+        self.address, self.count = ctypes.addressof(self.memory), len(numbers) // 4
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of_one_sequence(steps: int) -> Segments:
+        """Those of a single sequence."""
+        return Segments((step, 0, 1, step - 1 if step else None) for step in range(steps))
+
+
+class Recurrent:
     """One layer and direction of an LSTM or GRU, as `gq_triton.kernels.packed_recurrent` defines it.
 
     Args:
-        x: (steps, inputs) float32: the steps of all sequences.
-        segments: of time, in order: the first row of x and out, the first sequence, how many sequences (neighbouring
-            rows), and the row of out where the last states of these sequences begin, or None at the beginning.
-        states: h (sequences, size), and of an LSTM c (sequences, hidden), float32, before the first step.
         weights: weight_ih, weight_hh and, of an LSTM with projection, weight_hr, in groups of gates.
         biases: of the first two weights, float32, or nothing.
-        out: (steps, size) float32.
-        last: the states after the last step, as ``states``.
         activations: "none", "int8" or "fp8" for each of the weights: what its input is quantized to.
         threads: at most so many; they change nothing in the result.
     """
-    numbers = [-1 if number is None else number for segment in segments for number in segment]
-    memory = (c_int64 * len(numbers))(*numbers)
-    modes = [_activations("activations", value) for value in activations]
-    ih, hh, *hr = (weight.address for weight in weights)
-    h0, c0 = _states("states", states, _array)
-    h, c = _states("last", last, _output)
-    bias_ih, bias_hh = [_array("biases", bias, "float32") for bias in biases] or [(None, 0)] * 2
-    (x_address, x_count), (out_address, out_count) = _array("x", x, "float32"), _output("out", out)
-    arguments = _RecurrentArguments(
-        *(ih, hh, hr[0] if hr else None),
-        *(modes[0], modes[1], modes[2] if hr else 0),
-        *(x_address, x_count, x.shape[0]),
-        *(h0[0], c0[0], h0[1], c0[1], states[0].shape[0]),
-        *(bias_ih[0], bias_hh[0], bias_ih[1], bias_hh[1]),
-        *(ctypes.addressof(memory), len(numbers) // 4),
-        *(out_address, h[0], c[0], out_count, h[1], c[1]),
-        threads,
-    )
-    _check(_library.gq_recurrent(ctypes.addressof(arguments)))
+
+    def __init__(
+        self, weights: Sequence[Weight], biases: Sequence[Array], activations: Sequence[str], threads: int = 1
+    ) -> None:
+        ih, hh, *hr = (weight.address for weight in weights)
+        modes = [_activations("activations", value) for value in activations]
+        bias_ih, bias_hh = [_array("biases", bias, "float32") for bias in biases] or [(None, 0)] * 2
+        self.arrays = weights, biases
+        self._arguments = _RecurrentArguments(ih=ih, hh=hh, hr=hr[0] if hr else None, threads=threads)
+        self._arguments.ih_activations, self._arguments.hh_activations, *_ = modes
+        self._arguments.hr_activations = modes[2] if hr else 0
+        self._arguments.bias_ih, self._arguments.bias_ih_count = bias_ih
+        self._arguments.bias_hh, self._arguments.bias_hh_count = bias_hh
+
+    def __call__(
+        self, x: Array, segments: Segments, states: Sequence[Array], out: Array, last: Sequence[Array]
+    ) -> None:
+        """Runs it.
+
+        Args:
+            x: (steps, inputs) float32: the steps of all sequences.
+            segments: of them.
+            states: h (sequences, size), and of an LSTM c (sequences, hidden), float32, before the first step.
+            out: (steps, size) float32.
+            last: the states after the last step, as ``states``.
+        """
+        arguments = _RecurrentArguments.from_buffer_copy(self._arguments)  # of this call: there may be others
+        arguments.x, arguments.x_count = _array("x", x, "float32")
+        arguments.steps, arguments.sequences = x.shape[0], states[0].shape[0]
+        (arguments.h0, arguments.h0_count), (arguments.c0, arguments.c0_count) = _states("states", states, _array)
+        arguments.segments, arguments.segment_count = segments.address, segments.count
+        arguments.out, arguments.out_count = _output("out", out)
+        (arguments.h, arguments.h_count), (arguments.c, arguments.c_count) = _states("last", last, _output)
+        _check(_library.gq_recurrent(ctypes.addressof(arguments)))
 
 
 def _states(name: str, arrays: Sequence[Array], address: Any) -> list[tuple[int | None, int]]:

@@ -219,9 +219,9 @@ def _forward_native(
     (steps, *states), biases = ([t.float().contiguous() for t in part] for part in ((x, *states), biases))
     out = torch.empty(*x.shape[:-1], states[0].shape[1], dtype=torch.float32)
     last = [torch.empty_like(state) for state in states]
-    segments = _segments(_step_sizes(x, batch_sizes), reverse)
-    rows = steps.view(-1, x.shape[-1]), segments, states, found, biases
-    native.recurrent(*rows, out, last, activations, torch.get_num_threads())
+    segments = native.Segments(_segments(_step_sizes(x, batch_sizes), reverse))
+    layer = native.Recurrent(found, biases, activations, torch.get_num_threads())
+    layer(steps.view(-1, x.shape[-1]), segments, states, out, last)
     return [result.to(x.dtype) for result in (out, *last)]
 
 

@@ -86,32 +86,38 @@ class LayerNorm(NamedTuple):
     bias: np.ndarray
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        share = np.float32(1 / x.shape[-1])
-        y = x - np.add.reduce(x, -1, keepdims=True) * share
-        variance = np.einsum("ij,ij->i", y, y) * share
-        y *= (1 / np.sqrt(variance + np.float32(1e-5)))[:, None]
-        y *= self.weight
-        y += self.bias
-        return y
+        out = np.empty_like(x)
+        native.layer_norm(x, self.weight, self.bias, out)
+        return out
 
 
-class LSTMLayer(NamedTuple):
+class LSTMLayer:
     """One layer of an ``nn.LSTM``.
 
-    Attributes:
+    Args:
         ih, hh: (4 H, K) and (4 H, P).
         hr: (P, H), or None where there is no projection: then P is H.
         bias_ih, bias_hh: (4 H,).
         size, hidden: P and H.
     """
 
-    ih: Matrix
-    hh: Matrix
-    hr: Matrix | None
-    bias_ih: np.ndarray
-    bias_hh: np.ndarray
-    size: int
-    hidden: int
+    def __init__(
+        self,
+        ih: Matrix,
+        hh: Matrix,
+        hr: Matrix | None,
+        bias_ih: np.ndarray,
+        bias_hh: np.ndarray,
+        size: int,
+        hidden: int,
+    ) -> None:
+        self.ih, self.hh, self.hr, self.bias_ih, self.bias_hh = ih, hh, hr, bias_ih, bias_hh
+        self.size, self.hidden = size, hidden
+        matrices = [ih, hh] if hr is None else [ih, hh, hr]
+        self._packed = None
+        if all(isinstance(matrix, PackedMatrix) for matrix in matrices):
+            weights, activations = [matrix.weight for matrix in matrices], [matrix.activations for matrix in matrices]
+            self._packed = native.Recurrent(weights, (bias_ih, bias_hh), activations, ih.threads)
 
     def start(self) -> State:
         """The state before the first step."""
@@ -119,21 +125,10 @@ class LSTMLayer(NamedTuple):
 
     def __call__(self, x: np.ndarray, state: State) -> tuple[np.ndarray, State]:
         """(T, K) -> (T, P), and the state after it."""
-        weights = [weight for weight in (self.ih, self.hh, self.hr) if isinstance(weight, PackedMatrix)]
-        if len(weights) < (2 if self.hr is None else 3):
+        if self._packed is None:
             return self._step_by_step(x, state)
         out, last = np.empty((len(x), self.size), np.float32), (np.empty_like(state[0]), np.empty_like(state[1]))
-        native.recurrent(
-            x,
-            [(step, 0, 1, step - 1 if step else None) for step in range(len(x))],
-            state,
-            [weight.weight for weight in weights],
-            (self.bias_ih, self.bias_hh),
-            out,
-            last,
-            [weight.activations for weight in weights],
-            weights[0].threads,
-        )
+        self._packed(x, native.Segments.of_one_sequence(len(x)), state, out, last)
         return out, last
 
     def _step_by_step(self, x: np.ndarray, state: State) -> tuple[np.ndarray, State]:

@@ -204,7 +204,8 @@ class Stream:
         """
         self._require_open()
         # All that is left at once: each weight that does not depend on the step before is read but once.
-        self._decode(np.pad(self._audio, (0, self._runner.front_end.settings.tail_samples)))
+        silence = np.zeros(self._runner.front_end.settings.tail_samples, np.float32)
+        self._decode(np.concatenate([self._audio, silence]))
         self._audio, self._finished = self._audio[:0], True
         return self.text
 

@@ -43,6 +43,13 @@ struct BlockKernels {
         return Simd::BUNDLE / results > most ? most : Simd::BUNDLE / results;
     }
 
+    // The largest part of a bundle, at most `most` tokens, of which it has a whole number.
+    static constexpr int equal_part(int size, int most) {
+        int part = size < most ? size : most;
+        while (size % part) --part;
+        return part;
+    }
+
     // What multiplies the 16 sums.
     static Floats factors(const gq::Weight& weight, int64_t block) {
         const float* first = weight.scale + weight.first_row(block) * weight.scale_stride;
@@ -102,7 +109,7 @@ struct BlockKernels {
     template <int SIZE, class Function>
     GQ_INLINE static void one_bundle(int64_t size, int64_t first, const Function& f) {
         if (size == SIZE) return f(Index<SIZE>(), first);
-        if constexpr (SIZE > 1) one_bundle<SIZE / 2>(size, first, f);
+        if constexpr (SIZE > 1) one_bundle<gq::smaller_bundle(SIZE)>(size, first, f);
     }
 
     // --- integers ----------------------------------------------------------------------------------------------------
@@ -282,7 +289,7 @@ struct BlockKernels {
                     decode_floats<BITS>(decoder, table, place.codes + b * place.block_bytes + (tile + i) * 64 * BITS,
                                         weights[b] + gq::TILE * i);
             bundles<Simd::BUNDLE>(count, [&](auto size, int64_t token) GQ_INLINED {
-                constexpr int ROOM = Simd::BUNDLE / BLOCKS, TOKENS = size.value < ROOM ? size.value : ROOM;
+                constexpr int TOKENS = equal_part(size.value, Simd::BUNDLE / BLOCKS);
                 const float* numbers = x.x + (first + token) * x.padded + size.value * tile * gq::TILE;
                 for (int t = 0; t < size.value; t += TOKENS)
                     multiply<BLOCKS, TOKENS>(weights[0], 8 * stretch, numbers + 4 * t, 4 * size.value,

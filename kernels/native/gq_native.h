@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define GQ_ABI 2 /* raised with every change of this file that callers notice */
+#define GQ_ABI 3 /* raised with every change of this file that callers notice */
 
 enum gq_codebook { GQ_FLOAT32 = 0, GQ_INT8 = 1, GQ_E4M3 = 2 }; /* q stands for q, q / 127 and q / 256 */
 enum gq_activations { GQ_NONE = 0, GQ_ACTIVATIONS_INT8 = 1, GQ_ACTIVATIONS_E4M3 = 2 };
@@ -59,6 +59,11 @@ GQ_API int32_t gq_quantize_tokens(const float *x, int64_t tokens, int64_t featur
 GQ_API int32_t gq_linear(const gq_weight *weight, int32_t activations, const float *x, int64_t x_count,
                          const float *bias, int64_t bias_count, float *y, int64_t y_count, int64_t tokens,
                          int32_t threads);
+
+/* Every row of x, as many numbers as `weight` and `bias` have, less its mean, over the root of its variance and epsilon,
+   times weight, plus bias. y may be x. */
+GQ_API int32_t gq_layer_norm(const float *x, int64_t x_count, const float *weight, int64_t weight_count,
+                             const float *bias, int64_t bias_count, float epsilon, float *y, int64_t y_count);
 
 /* out (count, columns): the decoded rows of those indices. */
 GQ_API int32_t gq_decode_rows(const gq_weight *weight, const int64_t *indices, int64_t count, float *out,

@@ -71,13 +71,17 @@ struct Tokens {
     int64_t padded, count;
 };
 
-// How many tokens the next bundle holds of those left, at most `limit`: a power of two, as many as are left unless that
-// wastes more than a quarter of it; then fewer, and others follow. What it holds beyond those left nobody looks at.
+// Bundles hold 1, 2, 3, 4, 6, 8, 12, ... tokens: the size after, and the size before one.
+GQ_INLINE constexpr int larger_bundle(int size) { return size == 1 ? 2 : size % 3 ? size / 2 * 3 : size / 3 * 4; }
+GQ_INLINE constexpr int smaller_bundle(int size) {
+    return size <= 3 ? size - 1 : size % 3 ? size / 4 * 3 : size / 3 * 2;
+}
+
+// How many tokens the next bundle holds of those left, at most `limit`. What it holds beyond those left nobody looks at.
 GQ_INLINE int bundle_size(int64_t left, int limit) {
-    if (left >= limit) return limit;
     int size = 1;
-    while (size < left) size *= 2;
-    return 4 * left >= 3 * size ? size : size / 2;
+    while (size < left && size < limit) size = larger_bundle(size);
+    return size;
 }
 
 // What products gave for the gates of 16 units: gate g of token t begins at g * stride + 16 t.
@@ -101,6 +105,10 @@ struct Isa {
     // from the next four, their sum and the scale, as `kernels/activations.py` defines.
     void (*quantize)(const float* x, int64_t features, int64_t padded, int8_t* q, int64_t step, int32_t* sum,
                      float* scale);
+
+    // A row of `features` numbers, normalized; gq_native.h says how. y may be x.
+    void (*normalize)(const float* x, int64_t features, const float* weight, const float* bias, float epsilon,
+                      float* y);
 
     // `count` tokens' next states of 16 units, as kernels/packed_recurrent.py defines them; (tokens, 16) each: c and m
     // of an LSTM, the state h of a GRU.

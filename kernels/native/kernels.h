@@ -7,6 +7,7 @@
 #include "depthwise.h"
 #include "gates.h"
 #include "isa.h"
+#include "norm.h"
 #include "quantize.h"
 
 namespace {
@@ -24,6 +25,7 @@ constexpr gq::Isa make_isa(const char* name) {
               Block::template floats<4>, Block::template floats<5>, Block::template floats<6>,
               Block::template floats<7>, Block::template floats<8>}},
             QuantizeKernels<Simd>::quantize,
+            NormKernels<Simd>::normalize,
             GateKernels<Simd>::lstm,
             GateKernels<Simd>::gru,
             {nullptr, Decode::template decode<1>, Decode::template decode<2>, Decode::template decode<3>,

@@ -95,6 +95,20 @@ def test_values_that_the_codebook_does_not_have_are_refused():
         native.to_planes(panels, codebook, planes, 8, 16, 32)
 
 
+@pytest.mark.parametrize("features", [1, 15, 16, 17, 320, 1024])
+def test_layers_are_normalized(features, isa):
+    x, weight, bias = 3 * torch.randn(2, 3, features) + 1, torch.randn(features), torch.randn(features)
+    out = torch.full_like(x, torch.nan)
+    native.layer_norm(x, weight, bias, out)
+    double = (tensor.double() for tensor in (weight, bias))
+    expected = torch.nn.functional.layer_norm(x.double(), (features,), *double)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    native.layer_norm(x, weight, bias, x)
+    assert torch.equal(x, out)
+    with pytest.raises(ValueError, match="bias must have"):
+        native.layer_norm(x, weight, torch.zeros(features + 1), out)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -56,8 +56,8 @@ class Layer:
         out = torch.full((len(x), self.states[0].shape[1]), torch.nan)
         last = [torch.full_like(state, torch.nan) for state in states]
         weights = [weight.weight for weight in self.weights]
-        segments = self.segments() if segments is None else segments
-        native.recurrent(x, segments, states, weights, self.biases, out, last, self.activations(), threads)
+        segments = native.Segments(self.segments() if segments is None else segments)
+        native.Recurrent(weights, self.biases, self.activations(), threads)(x, segments, states, out, last)
         return [out, *last]
 
     def matrices(self):
@@ -124,16 +124,8 @@ def test_gate_functions_are_those_of_float64(isa):
     for i, g, expected in (values, ones, torch.sigmoid(values.double())), (ones, values, torch.tanh(values.double())):
         bias, h, c = torch.cat([i, zeros, g, zeros]), torch.zeros(1, 1), torch.zeros(1, hidden)
         out, last_h, last_c = torch.empty(1, 1), torch.empty(1, 1), torch.empty(1, hidden)
-        native.recurrent(
-            torch.zeros(1, 1),
-            [(0, 0, 1, None)],
-            [h, c],
-            [weight.weight for weight in weights],
-            [bias, torch.zeros_like(bias)],
-            out,
-            [last_h, last_c],
-            ["none"] * 3,
-        )
+        layer = native.Recurrent([weight.weight for weight in weights], [bias, torch.zeros_like(bias)], ["none"] * 3)
+        layer(torch.zeros(1, 1), native.Segments.of_one_sequence(1), [h, c], out, [last_h, last_c])
         torch.testing.assert_close(last_c[0].double(), expected, atol=2e-7, rtol=0, equal_nan=True)
 
 

@@ -498,6 +498,25 @@ void fuzz_recurrent(Random& random) {
     require(gq_recurrent(nullptr) == -1, "gq_recurrent takes NULL");
 }
 
+void fuzz_layer_norm(Random& random) {
+    const int64_t features = random.between(1, 70), rows = random.between(1, 5);
+    Exact<float> numbers(rows * features), results(rows * features);
+    Exact<float> factors = random_reals(random, features), shifts = random_reals(random, features);
+    for (float& value : numbers) value = random.any_real();
+    const float *x = numbers.data(), *weight = factors.data(), *bias = shifts.data();
+    float* y = results.data();
+    int64_t x_count = numbers.size(), weight_count = features, bias_count = features, y_count = results.size();
+    std::vector<Field> fields = {
+        field("x", POINTER, &x),           field("x_count", COUNT, &x_count),
+        field("weight", POINTER, &weight), field("weight_count", COUNT, &weight_count),
+        field("bias", POINTER, &bias),     field("bias_count", COUNT, &bias_count),
+        field("y", POINTER, &y),           field("y_count", COUNT, &y_count),
+    };
+    attack(random, "gq_layer_norm", fields, [&] {
+        return gq_layer_norm(x, x_count, weight, weight_count, bias, bias_count, 1e-5f, y, y_count);
+    });
+}
+
 void fuzz_depthwise(Random& random) {
     const Depthwise conv(random);
     if (!conv.x.size()) return;
@@ -551,6 +570,7 @@ void fuzz(uint64_t seed, int64_t seconds) {
         fuzz_decode(random);
         fuzz_recurrent(random);
         fuzz_depthwise(random);
+        fuzz_layer_norm(random);
         fuzz_the_rest(random);
     }
     printf("%lld rounds\n", (long long)rounds);
