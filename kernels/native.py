@@ -244,6 +244,9 @@ class Weight(ctypes.Structure):
         self.arrays = panels, codebook, scale
         self.address = ctypes.addressof(self)
 
+    def __deepcopy__(self, memo: dict) -> Weight:
+        return self  # nothing of it ever changes
+
 
 def panel_bytes(bits: int, rows: int, columns: int, groups: int = 1) -> int:
     """Bytes of a weight in panels, or ValueError."""
@@ -435,6 +438,9 @@ class Recurrent:
         self._arguments.hr_activations = modes[2] if hr else 0
         self._arguments.bias_ih, self._arguments.bias_ih_count = bias_ih
         self._arguments.bias_hh, self._arguments.bias_hh_count = bias_hh
+
+    def __deepcopy__(self, memo: dict) -> Recurrent:
+        return self  # nothing of it ever changes
 
     def __call__(
         self, x: Array, segments: Segments, states: Sequence[Array], out: Array, last: Sequence[Array]

@@ -1,5 +1,6 @@
 """Packed recognizers without torch, beside the same with torch."""
 
+import copy
 import json
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gq_triton import GQConfig
 from gq_triton.kernels import native
+from gq_triton.models import RNNT, ConformerConfig
 from gq_triton.runtime import Runner, Stream
 from gq_triton.speech.audio import save_audio
 from gq_triton.speech.features import LogMel
@@ -195,6 +197,16 @@ def test_streams_do_not_disturb_each_other(runner, spoken):
     assert streams[1].finish() == alone.finish()
 
 
+def test_a_copied_stream_goes_on_by_itself(runner, spoken):
+    first, second = samples_of(spoken[0]), samples_of(spoken[1])
+    stream = runner.stream()
+    stream.push(first[:9000])
+    copied = copy.deepcopy(stream)
+    stream.push(second)
+    copied.push(first[9000:])
+    assert copied.finish() == runner.transcribe(first)
+
+
 def test_labels_may_be_chosen(runner, spoken):
     script = [(1, 3), (4, 2), (5, 4)]  # frames and labels
 
@@ -298,6 +310,14 @@ def test_a_float_recognizer_is_refused_with_what_to_do(trained, tmp_path):
     trained.save(tmp_path / "m")
     with pytest.raises(ValueError, match=r"m cannot be loaded: .*stage 'float'.*gq-triton convert"):
         Runner.load(tmp_path / "m")
+
+
+def test_a_conformer_is_refused(trained, tmp_path):
+    config = ConformerConfig.preset("tiny", trained.tokenizer.vocab_size, encoder_layers=1)
+    recognizer = Recognizer(trained.front_end, trained.tokenizer, RNNT(config)).eval()
+    recognizer.prepare(GQConfig(bits=5)).convert().save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="architecture is 'conformer'; 'rnnt' is needed"):
+        Runner.load(tmp_path / "model.safetensors")
 
 
 def rewrite(path, target, *, metadata=lambda state, packed: None, data=lambda name, content: None):
