@@ -26,14 +26,13 @@ import harness
 import peers
 import torch
 from breakdown import breakdown, labelled
-from conformer import conformer_transducer
 from harness import Contender, Timing, Unavailable, Wrong
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 import gq_triton as gq
 from gq_triton import grouping, quantizer
-from gq_triton.models.rnnt import RNNT, RNNTConfig
+from gq_triton.models import RNNT, preset
 from gq_triton.training.objective import TransducerObjective
 
 PLAIN_TENSORS = 8  # as in quantizer.py
@@ -45,7 +44,7 @@ class Workload:
     """A model and a batch.
 
     Attributes:
-        model: a preset of RNNTConfig, or "conformer".
+        model: one of `gq_triton.models.PRESETS`.
         batch: utterances.
         frames: of the longest utterance, 10 ms each; the shortest has half of them.
         vocab_size, features: labels, and values per frame.
@@ -59,9 +58,7 @@ class Workload:
 
     def build(self) -> RNNT:
         torch.manual_seed(0)
-        if self.model == "conformer":
-            return conformer_transducer(self.vocab_size, self.features)
-        return RNNT(RNNTConfig.preset(self.model, self.vocab_size, features=self.features))
+        return RNNT(preset(self.model, self.vocab_size, features=self.features))
 
     def draw(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features (B, T, F), their lengths, targets (B, U), their lengths."""
@@ -106,7 +103,7 @@ class Plan:
 
 
 def _workloads(*sizes: tuple[int, int]) -> tuple[Workload, ...]:
-    kinds = ("small", 128, 40), ("base", 512, 80), ("conformer", 512, 80)
+    kinds = ("small", 128, 40), ("base", 512, 80), ("conformer-M", 512, 80)
     pairs = zip(kinds, sizes, strict=False)
     return tuple(Workload(model, *size, vocabulary, features) for (model, vocabulary, features), size in pairs)
 

@@ -10,7 +10,7 @@ import click
 import torch
 from torch import Tensor
 
-from gq_triton.models.rnnt import RNNT_PRESETS
+from gq_triton.models import PRESETS
 from gq_triton.speech.datasets import Utterance, speaker_split
 from gq_triton.speech.recognizer import Recognizer
 from gq_triton.speech.tokens import UNKNOWN, UNKNOWN_TEXT
@@ -60,7 +60,8 @@ def training_options(command: Callable) -> Callable:
 
 @click.command()
 @training_options
-@click.option("--preset", type=click.Choice(list(RNNT_PRESETS)), help="size of the model [default: of the data set]")
+@click.option("--preset", type=click.Choice(PRESETS), help="size of the model [default: of the data set]")
+@click.option("--ctc", is_flag=True, help="a CTC model: the encoder alone, no predictor and no joint network")
 @click.option(
     "--tokenizer", type=click.Choice(["word", "char", "subword"]), help="units it emits [default: of the data set]"
 )
@@ -75,6 +76,7 @@ def train(
     overwrite: bool,
     tensorboard: bool,
     as_json: bool,
+    ctc: bool,
     **changes,
 ) -> None:
     """Train a float recognizer. Goes on where an interrupted run in the same folder stopped.
@@ -87,7 +89,7 @@ def train(
     config = recipe.train.changed(parse_settings(settings))
     with process_group():
         kept, held_out = divide(load_utterances(data, root, splits, training=True), hold_out)
-        recognizer = recipe.untrained(kept, config.seed)
+        recognizer = recipe.untrained(kept, config.seed, ctc=ctc)
         run(train_recognizer, recognizer, kept, held_out, config, output, overwrite, tensorboard, as_json)
 
 

@@ -1,4 +1,5 @@
-"""A streaming RNN transducer in plain torch layers (Graves, arXiv 1211.3711; He et al., arXiv 1811.06621).
+"""Streaming transducers in plain torch layers (Graves, arXiv 1211.3711; He et al., arXiv 1811.06621), and their
+recurrent encoders; conformer.py has another.
 
 Nothing here knows of quantization: ``gq_triton.quantize_`` works on this model as on anybody's.
 """
@@ -12,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .config import RNNT_PRESETS, RNNTConfig
+from .config import RNNT_PRESETS, ConformerConfig, RNNTConfig, TransducerConfig
+from .conformer import ConformerEncoder
 
 __all__ = [
     "RNNT",
@@ -25,6 +27,7 @@ __all__ = [
     "Lattice",
     "Predictor",
     "RNNTConfig",
+    "encoder_of",
 ]
 
 
@@ -66,12 +69,16 @@ class Encoder(nn.Module):
     """Stacked unidirectional LSTMs, each followed by LayerNorm, over joined frames.
 
     ``(B, T, features)`` -> ``(B, T // subsampling, output_size)``.
+
+    Attributes:
+        chunk: input frames that streams are cut at best: those of an encoder frame.
     """
 
     def __init__(self, config: RNNTConfig) -> None:
         super().__init__()
         self.features, self.stack = config.features, config.stack
         self.reduce_after, self.subsampling = config.reduce_after, config.subsampling
+        self.chunk = self.subsampling
         self.output_size = config.encoder_projection or config.encoder_hidden
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
         for index in range(config.encoder_layers):
@@ -188,7 +195,7 @@ class BifocalEncoder(nn.Module):
         self.small, self.large = Encoder(config.of_small_encoder()), Encoder(config)
         self.widen = nn.Linear(self.small.output_size, self.large.output_size)
         self.features, self.subsampling = self.large.features, self.large.subsampling
-        self.output_size = self.large.output_size
+        self.output_size, self.chunk = self.large.output_size, self.large.chunk
 
     def forward(self, features: Tensor, lengths: Tensor, switch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encodes whole utterances; frames beyond a length never influence those before it.
@@ -277,7 +284,7 @@ def _stream_rows(
 class Predictor(nn.Module):
     """The label language model of the transducer: embedding and LSTM. The blank stands for "no label yet"."""
 
-    def __init__(self, config: RNNTConfig) -> None:
+    def __init__(self, config: TransducerConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.predictor_embedding)
         self.lstm = nn.LSTM(
@@ -298,7 +305,7 @@ class Predictor(nn.Module):
 class Joint(nn.Module):
     """Combines encoder and predictor outputs: ``output(tanh(encoder + predictor))``, broadcasting."""
 
-    def __init__(self, config: RNNTConfig, encoder_size: int) -> None:
+    def __init__(self, config: TransducerConfig, encoder_size: int) -> None:
         super().__init__()
         self.encoder = nn.Linear(encoder_size, config.joint)
         self.predictor = nn.Linear(config.predictor_hidden, config.joint, bias=False)
@@ -331,27 +338,47 @@ class Lattice(NamedTuple):
 
 
 class RNNT(nn.Module):
-    """The recurrent transducer: encoder, predictor and joint network. With a small encoder in ``config``, the encoder
-    is a :class:`BifocalEncoder`, and all else is as it is without."""
+    """A transducer: encoder, predictor and joint network.
+
+    Args:
+        config: sizes. A :class:`ConformerConfig` makes the encoder a :class:`ConformerEncoder`, an :class:`RNNTConfig`
+            an :class:`Encoder` or, where it has a small encoder as well, a :class:`BifocalEncoder`.
+
+    Raises:
+        ValueError: ``config`` has no predictor.
+    """
 
     blank = 0
 
-    def __init__(self, config: RNNTConfig) -> None:
+    def __init__(self, config: RNNTConfig | ConformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = BifocalEncoder(config) if config.small_encoder_layers else Encoder(config)
+        if not config.predictor_layers:
+            raise ValueError("predictor_layers is 0; a transducer has a predictor, gq_triton.models.CTC has none")
+        self.encoder = encoder_of(config)
         self.predictor = Predictor(config)
         self.joint = Joint(config, self.encoder.output_size)
 
-    def forward(self, features: Tensor, feature_lengths: Tensor, targets: Tensor) -> Lattice:
+    def forward(
+        self, features: Tensor, feature_lengths: Tensor, targets: Tensor, switch: Tensor | None = None
+    ) -> Lattice:
         """What the transducer loss is computed from.
 
         Args:
             features: ``(B, T, features)``.
             feature_lengths: ``(B,)`` valid frames.
             targets: ``(B, U)`` labels, padded with any valid id.
+            switch: ``(B,)`` frames at which wake words end; for a :class:`BifocalEncoder` only.
         """
-        encoded, lengths = self.encoder(features, feature_lengths)
+        switches = () if switch is None else (switch,)
+        encoded, lengths = self.encoder(features, feature_lengths, *switches)
         start = targets.new_full((targets.shape[0], 1), self.blank)
         predicted, _ = self.predictor(torch.cat([start, targets], 1))
         return Lattice(self.joint.encoder(encoded), self.joint.predictor(predicted), lengths, encoded)
+
+
+def encoder_of(config: RNNTConfig | ConformerConfig) -> Encoder | BifocalEncoder | ConformerEncoder:
+    """The encoder that ``config`` describes."""
+    if isinstance(config, ConformerConfig):
+        return ConformerEncoder(config)
+    return BifocalEncoder(config) if config.small_encoder_layers else Encoder(config)

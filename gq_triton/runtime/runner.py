@@ -69,6 +69,8 @@ class Runner:
     def _from_file(cls, file: TensorFile, threads: int) -> Runner:
         description = _description(file.metadata)
         config = RNNTConfig.from_dict(_part(description, "model"))
+        if not config.predictor_layers:
+            raise ValueError("it is a CTC model, and only transducers run here")
         settings = LogMelSettings(**_part(description, "front_end"))
         tokenizer = tokenizer_from_dict(_part(description, "tokenizer"))
         if settings.n_mels != config.features:

@@ -1,13 +1,14 @@
-"""Greedy and beam decoding of a transducer, offline and chunk by chunk.
+"""Greedy and beam decoding of a transducer, and greedy decoding of a CTC model, offline and chunk by chunk.
 
-Both searches work on encoder frames and carry an explicit state, so streaming is the same code called more often:
+All searches work on encoder frames and carry an explicit state, so streaming is the same code called more often:
 
     state = decoder.start(batch)
     state = decoder.advance(state, encoded, lengths)     # any number of times
     decoder.results(state)
 
 States are not changed in place; ``join`` and ``split`` take them from one batch of utterances to another. The model
-needs ``encoder``, ``predictor``, ``joint`` and ``blank`` as in :class:`gq_triton.models.RNNT`.
+needs ``encoder``, ``predictor``, ``joint`` and ``blank`` as in :class:`gq_triton.models.RNNT`, or is a
+:class:`gq_triton.models.CTC`.
 """
 
 from __future__ import annotations
@@ -21,25 +22,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gq_triton.models import CTC
+
 from .segments import MAX_SYMBOLS, WINDOW_FRAMES
 
-__all__ = ["BeamDecoder", "BeamState", "Decoded", "GreedyDecoder", "GreedyState", "Hypothesis", "beam", "greedy"]
+__all__ = [
+    "BeamDecoder",
+    "BeamState",
+    "CTCDecoder",
+    "CTCState",
+    "Decoded",
+    "GreedyDecoder",
+    "GreedyState",
+    "Hypothesis",
+    "beam",
+    "greedy",
+    "greedy_decoder",
+]
 
 
 def greedy(model: nn.Module, features: Tensor, lengths: Tensor, *, max_symbols: int = MAX_SYMBOLS) -> list[list[int]]:
     """Greedy label ids of whole utterances; ``features`` ``(B, T, F)``, ``lengths`` ``(B,)``."""
-    return _decode(GreedyDecoder(model, max_symbols=max_symbols), features, lengths)
+    return _decode(greedy_decoder(model, max_symbols=max_symbols), features, lengths)
 
 
 def beam(
     model: nn.Module, features: Tensor, lengths: Tensor, *, width: int = 4, max_symbols: int = MAX_SYMBOLS
 ) -> list[list[int]]:
-    """Beam-search label ids of whole utterances; ``features`` ``(B, T, F)``, ``lengths`` ``(B,)``."""
+    """Beam-search label ids of whole utterances by a transducer; ``features`` ``(B, T, F)``, ``lengths`` ``(B,)``."""
     return _decode(BeamDecoder(model, width=width, max_symbols=max_symbols), features, lengths)
 
 
 @torch.inference_mode()
-def _decode(decoder: GreedyDecoder | BeamDecoder, features: Tensor, lengths: Tensor) -> list[list[int]]:
+def _decode(decoder: GreedyDecoder | BeamDecoder | CTCDecoder, features: Tensor, lengths: Tensor) -> list[list[int]]:
     training = decoder.model.training
     decoder.model.eval()
     try:
@@ -179,6 +194,70 @@ class GreedyDecoder:
         return predicted.index_copy(0, index, new_predicted), tuple(old.index_copy(1, index, new) for old, new in parts)
 
 
+@dataclass(frozen=True)
+class CTCState:
+    """Greedy search of a batch of utterances by a CTC model.
+
+    Attributes:
+        labels, times: label ids of each utterance so far, and the encoder frames that they began at.
+        frames: how many frames of each utterance were decoded.
+        last: the label, or the blank, of each utterance's last frame.
+    """
+
+    labels: list[list[int]]
+    times: list[list[int]]
+    frames: list[int]
+    last: list[int]
+
+    @staticmethod
+    def join(states: Sequence[CTCState]) -> CTCState:
+        """The state of several batches in one."""
+        parts = ([state.labels, state.times, state.frames, state.last] for state in states)
+        return CTCState(*(list(chain(*part)) for part in zip(*parts, strict=True)))
+
+    def split(self) -> list[CTCState]:
+        """The states of the utterances, each a batch of one; the inverse of :meth:`join`."""
+        rows = zip(self.labels, self.times, self.frames, self.last, strict=True)
+        return [CTCState([labels], [times], [frames], [last]) for labels, times, frames, last in rows]
+
+
+class CTCDecoder:
+    """Takes the most probable label of every frame; a label that goes on for several frames is one."""
+
+    def __init__(self, model: CTC) -> None:
+        self.model = model
+
+    def start(self, batch: int) -> CTCState:
+        """The state before the first frame of ``batch`` utterances."""
+        return CTCState([[] for _ in range(batch)], [[] for _ in range(batch)], [0] * batch, [self.model.blank] * batch)
+
+    def advance(self, state: CTCState, encoded: Tensor, lengths: Tensor) -> CTCState:
+        """Decodes ``(B, T, E)`` further encoder frames, ``lengths`` of them valid."""
+        chosen = self.model.output(encoded).argmax(-1).tolist()
+        rows = zip(state.split(), chosen, lengths.tolist(), strict=True)
+        return CTCState.join([self._advance_row(row, frames[:count]) for row, frames, count in rows])
+
+    def _advance_row(self, state: CTCState, frames: list[int]) -> CTCState:
+        (decoded,), before = state.frames, [*state.last, *frames]
+        new = [
+            (label, decoded + place)
+            for place, (label, last) in enumerate(zip(frames, before, strict=False))
+            if label not in (last, self.model.blank)
+        ]
+        labels, times = state.labels[0] + [label for label, _ in new], state.times[0] + [time for _, time in new]
+        return CTCState([labels], [times], [decoded + len(frames)], before[-1:])
+
+    def results(self, state: CTCState) -> list[Decoded]:
+        """What was found so far, for each utterance. Labels taken are never taken back."""
+        rows = zip(state.labels, state.times, strict=True)
+        return [Decoded(list(labels), list(times), len(labels)) for labels, times in rows]
+
+
+def greedy_decoder(model: nn.Module, *, max_symbols: int = MAX_SYMBOLS) -> GreedyDecoder | CTCDecoder:
+    """Greedy search by a model of either kind."""
+    return CTCDecoder(model) if isinstance(model, CTC) else GreedyDecoder(model, max_symbols=max_symbols)
+
+
 class _Row:
     """A batch's ``index``-th utterance on its way through the frames of one call: at ``place`` of ``end``, with
     ``symbols`` labels there so far, after ``decoded`` frames of earlier calls."""
@@ -271,6 +350,8 @@ class BeamDecoder:
     """
 
     def __init__(self, model: nn.Module, *, width: int = 4, max_symbols: int = MAX_SYMBOLS) -> None:
+        if isinstance(model, CTC):
+            raise ValueError("beam search is for transducers: a CTC model's beam_width must be 1")
         self.model = model
         self.width, self.max_symbols = _positive("width", width), _positive("max_symbols", max_symbols)
 

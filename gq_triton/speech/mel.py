@@ -44,14 +44,14 @@ def frame_at(seconds: float) -> int:
     return round(min(seconds * SAMPLE_RATE / HOP, NEVER))
 
 
-def chunk_samples(chunk_ms: int, frame_ms: int) -> int:
-    """Samples from one chunk of ``chunk_ms`` milliseconds to the next, for an encoder with frames of ``frame_ms``.
+def chunk_samples(chunk_ms: int, least_ms: int) -> int:
+    """Samples from one chunk of ``chunk_ms`` milliseconds to the next, for an encoder whose own chunk has ``least_ms``.
 
     Raises:
-        ValueError: ``chunk_ms`` is no positive multiple of ``frame_ms``.
+        ValueError: ``chunk_ms`` is no positive multiple of ``least_ms``.
     """
-    if not isinstance(chunk_ms, int) or chunk_ms < 1 or chunk_ms % frame_ms:
-        raise ValueError(f"chunk_ms must be a positive multiple of {frame_ms}, the encoder's frame, got {chunk_ms!r}")
+    if not isinstance(chunk_ms, int) or chunk_ms < 1 or chunk_ms % least_ms:
+        raise ValueError(f"chunk_ms must be a positive multiple of {least_ms}, the encoder's chunk, got {chunk_ms!r}")
     return chunk_ms // HOP_MS * HOP
 
 

@@ -1,4 +1,4 @@
-"""A recognizer in one piece: front end, tokenizer and transducer, float, prepared or packed, in one file."""
+"""A recognizer in one piece: front end, tokenizer and model, float, prepared or packed, in one file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import gq_triton as gq
 from gq_triton.files import load_tensors, read_state, save_tensors
 from gq_triton.layers import QATLayer
-from gq_triton.models.rnnt import RNNT, RNNTConfig
+from gq_triton.models.config import TransducerConfig, config_from_dict
+from gq_triton.models.ctc import CTC, model_of
+from gq_triton.models.rnnt import RNNT
 from gq_triton.packed_header import RECOGNIZER_FORMAT
 
 from .audio import load_audio
@@ -35,7 +37,7 @@ class Recognizer(nn.Module):
     Args:
         front_end: waveforms to features.
         tokenizer: token ids to text.
-        model: a float transducer; :meth:`prepare` and :meth:`convert` quantize it in place.
+        model: a float transducer or CTC model; :meth:`prepare` and :meth:`convert` quantize it in place.
 
     Raises:
         ValueError: the model takes other features than the front end's, or emits other ids than the tokenizer's.
@@ -45,7 +47,7 @@ class Recognizer(nn.Module):
         quantization: what :meth:`prepare` was given, by name pattern; None for a float model.
     """
 
-    def __init__(self, front_end: LogMel, tokenizer: Tokenizer, model: RNNT) -> None:
+    def __init__(self, front_end: LogMel, tokenizer: Tokenizer, model: RNNT | CTC) -> None:
         super().__init__()
         _require_fit(front_end, tokenizer, model.config)
         self.front_end, self.tokenizer, self.model = front_end, tokenizer, model
@@ -166,10 +168,10 @@ class Recognizer(nn.Module):
     @classmethod
     def _from_description(cls, description: dict, file_bytes: int) -> Recognizer:
         """A recognizer without its weights, prepared where it was; a packed one is left float."""
-        config = RNNTConfig.from_dict(description["model"])
+        config = config_from_dict(description["model"])
         _require_room(config, file_bytes)
         front_end = LogMel.from_dict(description["front_end"])
-        recognizer = cls(front_end, tokenizer_from_dict(description["tokenizer"]), RNNT(config))
+        recognizer = cls(front_end, tokenizer_from_dict(description["tokenizer"]), model_of(config))
         stage, quantization = description["stage"], description["quantization"]
         if stage not in STAGES or (stage == "float") != (quantization is None):
             raise ValueError(f"stage is {stage!r} with quantization {quantization!r}")
@@ -182,19 +184,18 @@ class Recognizer(nn.Module):
         return recognizer
 
 
-def _require_fit(front_end: LogMel, tokenizer: Tokenizer, config: RNNTConfig) -> None:
+def _require_fit(front_end: LogMel, tokenizer: Tokenizer, config: TransducerConfig) -> None:
     if front_end.n_mels != config.features:
         raise ValueError(f"front_end gives {front_end.n_mels} values a frame, model takes {config.features}")
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(f"tokenizer has {tokenizer.vocab_size} ids, model emits {config.vocab_size}")
 
 
-def _require_room(config: RNNTConfig, file_bytes: int) -> None:
+def _require_room(config: TransducerConfig, file_bytes: int) -> None:
     """Refuses a description of more weights than a file has bits, before memory is taken for them."""
-    layers = config.encoder_layers + config.small_encoder_layers + config.predictor_layers
-    if layers > file_bytes:  # their weights alone could not even be counted in reasonable time
-        raise ValueError(f"a model of {layers} layers is described, in a file of {file_bytes} bytes")
+    if config.layers > file_bytes:  # their weights alone could not even be counted in reasonable time
+        raise ValueError(f"a model of {config.layers} layers is described, in a file of {file_bytes} bytes")
     with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in RNNT(config).parameters())
+        weights = sum(parameter.numel() for parameter in model_of(config).parameters())
     if weights > 8 * file_bytes:
         raise ValueError(f"a model of {weights} weights is described, in a file of {file_bytes} bytes")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gq_triton.models.rnnt import BifocalEncoder, BifocalState
 
-from .decoding import BeamDecoder, BeamState, GreedyDecoder, GreedyState
+from .decoding import BeamDecoder, BeamState, CTCState, GreedyDecoder, GreedyState, greedy_decoder
 from .features import LogMelState
 from .graphs import GraphedGreedyDecoder, graphed
 from .mel import HOP_MS, chunk_samples, frame_at
@@ -62,8 +62,9 @@ class StreamingRecognizer:
         recognizer: float, prepared or packed, in evaluation mode and on the device that it is to run on. It must not be
             changed while streams are open.
         streams: how many there are, numbered from 0; default 1.
-        chunk_ms: milliseconds of audio that are decoded at a time, a multiple of an encoder frame's; default 240. What
-            is spoken waits for its chunk's end, and 15 ms more for the last window's; longer chunks cost less in all.
+        chunk_ms: milliseconds of audio that are decoded at a time, a multiple of an encoder frame's or, of a Conformer,
+            of its own chunk's; default 240. What is spoken waits for its chunk's end, and 15 ms more for the last
+            window's; longer chunks cost less in all.
         beam_width: hypotheses kept in beam search; 1, the default, is greedy decoding.
         endpointing: when a segment ends within a stream; None, the default, for only where the stream does. After an
             endpoint the encoder and the search start afresh with the next chunk; the front end goes on.
@@ -92,7 +93,7 @@ class StreamingRecognizer:
         if streams < 1:
             raise ValueError(f"streams must be at least 1, got {streams}")
         frame_ms = HOP_MS * model.encoder.subsampling
-        self._step = chunk_samples(chunk_ms, frame_ms)
+        self._step = chunk_samples(chunk_ms, HOP_MS * model.encoder.chunk)
         if beam_width < 1:
             raise ValueError(f"beam_width must be at least 1, got {beam_width}")
         self.recognizer, self.streams, self.chunk_ms = recognizer, streams, chunk_ms
@@ -100,10 +101,11 @@ class StreamingRecognizer:
         self.frame_seconds, self._frame_ms = frame_ms / 1000, frame_ms
         self._window = self._step + front_end.window - front_end.hop
         self._device = next(chain(model.parameters(), model.buffers())).device
-        self.encoder, self.decoder = model.encoder, GreedyDecoder(model)
+        self.encoder, self.decoder = model.encoder, greedy_decoder(model)
         if self._device.type == "cuda":
             self.encoder = graphed(model.encoder, chunk_ms // HOP_MS)
-            self.decoder = GraphedGreedyDecoder(model, chunk_ms // frame_ms)
+            if isinstance(self.decoder, GreedyDecoder):
+                self.decoder = GraphedGreedyDecoder(model, chunk_ms // frame_ms)
         if beam_width > 1:
             self.decoder = BeamDecoder(model, width=beam_width)
         self._streams: list[_Stream] = [self._fresh() for _ in range(streams)]
@@ -229,7 +231,7 @@ class StreamingRecognizer:
         front_end = self.recognizer.front_end
         return _Stream(front_end.mean.new_zeros(0), front_end.initial_state(), *self._start())
 
-    def _start(self, left: int = 0) -> tuple[Any, GreedyState | BeamState]:
+    def _start(self, left: int = 0) -> tuple[Any, GreedyState | BeamState | CTCState]:
         """The states of the encoder and of the search before a segment; the first ``left`` encoder frames are to be the
         small encoder's."""
         return self._initial(left), self.decoder.start(1)

@@ -30,6 +30,8 @@ class TrainConfig:
         freq_masks, freq_width: SpecAugment: masks per utterance, and their largest width in mel bands.
         time_masks, time_fraction: SpecAugment: masks per utterance, and their largest part of it.
         feature_noise: deviation of the Gaussian noise added to normalised features.
+        wake_share: of a bifocal model: share of the utterances whose first part, up to a frame drawn anew each time, is
+            taken for a wake word, which is the small encoder's; the large one takes the others whole.
         hardness: first and last softmax hardness of quantization-aware training.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; the last step always leaves one.
@@ -55,6 +57,7 @@ class TrainConfig:
     time_masks: int = 2
     time_fraction: float = 0.05
     feature_noise: float = 0.0
+    wake_share: float = 0.5
     hardness: tuple[float, float] = (2.0, 16.0)
     evaluate_every: int = 5
     checkpoint_every: int = 200
@@ -76,7 +79,7 @@ class TrainConfig:
             "time_masks",
         ):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
-        for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction"):
+        for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction", "wake_share"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a fraction, 0..1")
         rate = self.quantizer_learning_rate
         _require("quantizer_learning_rate", rate, rate is None or rate > 0, "a positive number or None")

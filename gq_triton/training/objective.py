@@ -1,4 +1,5 @@
-"""What training minimises: the transducer loss, and a CTC loss on the encoder that starts its alignments.
+"""What training minimises: the transducer loss, and a CTC loss on the encoder that starts its alignments; or, of a CTC
+model, that alone.
 
 On little data a transducer spends most of its training without any alignment at all; an auxiliary CTC loss (Graves et
 al., ICML 2006; as an auxiliary task for end-to-end recognizers, Kim et al., arXiv 1609.06773) gives the encoder one
@@ -13,9 +14,10 @@ from gq_triton.grouping import regroup
 from gq_triton.kernels.joint_loss import joint_rnnt_loss
 from gq_triton.kernels.rnnt_loss import rnnt_loss
 from gq_triton.layers import QATLinear
+from gq_triton.models import CTC
 from gq_triton.models.rnnt import Joint, Lattice
 
-__all__ = ["TransducerObjective", "transducer_loss"]
+__all__ = ["CTCObjective", "TransducerObjective", "objective_of", "transducer_loss"]
 
 
 def transducer_loss(
@@ -62,8 +64,7 @@ class TransducerObjective(nn.Module):
     """The training loss of a transducer.
 
     Args:
-        model: called as ``model(features, feature_lengths, targets)``, returns a
-            :class:`gq_triton.models.rnnt.Lattice`.
+        model: called as :class:`gq_triton.models.RNNT` is, returns a :class:`gq_triton.models.rnnt.Lattice`.
         ctc_weight: of the auxiliary CTC loss; 0 for none.
     """
 
@@ -73,20 +74,56 @@ class TransducerObjective(nn.Module):
         self.ctc = nn.Linear(model.encoder.output_size, model.config.vocab_size) if ctc_weight else None
         regroup(self)  # the loss asks for the joint's output weight after the model's own call has ended
 
-    def forward(self, features: Tensor, feature_lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
-        """The loss summed over the batch, in nats; shapes as in :class:`gq_triton.training.data.Batch`."""
-        lattice = self.model(features, feature_lengths, targets)
+    def forward(
+        self,
+        features: Tensor,
+        feature_lengths: Tensor,
+        targets: Tensor,
+        target_lengths: Tensor,
+        switch: Tensor | None = None,
+    ) -> Tensor:
+        """The loss summed over the batch, in nats; shapes as in :class:`gq_triton.training.data.Batch`, and ``switch``
+        as in :meth:`gq_triton.models.rnnt.BifocalEncoder.forward`."""
+        lattice = self.model(features, feature_lengths, targets, switch)
         loss = transducer_loss(self.model.joint, lattice, targets, target_lengths, blank=self.model.blank)
         if self.ctc is None:
             return loss
-        log_probs = self.ctc(lattice.encoded).float().log_softmax(-1).transpose(0, 1)
-        ctc = nn.functional.ctc_loss(
-            log_probs,
-            targets,
-            lattice.lengths,
-            target_lengths,
-            blank=self.model.blank,
-            reduction="sum",
-            zero_infinity=True,  # more labels than frames: CTC has no alignment, the transducer has
-        )
+        ctc = ctc_loss(self.ctc(lattice.encoded), lattice.lengths, targets, target_lengths, blank=self.model.blank)
         return loss + self.ctc_weight * ctc
+
+
+class CTCObjective(nn.Module):
+    """The training loss of a CTC model.
+
+    Args:
+        model: called as :class:`gq_triton.models.CTC` is.
+    """
+
+    def __init__(self, model: CTC) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        features: Tensor,
+        feature_lengths: Tensor,
+        targets: Tensor,
+        target_lengths: Tensor,
+        switch: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`TransducerObjective.forward`."""
+        logits, lengths = self.model(features, feature_lengths, switch)
+        return ctc_loss(logits, lengths, targets, target_lengths, blank=self.model.blank)
+
+
+def objective_of(model: nn.Module, ctc_weight: float) -> TransducerObjective | CTCObjective:
+    """The training loss of a model of either kind; ``ctc_weight`` is of a transducer's auxiliary loss."""
+    return CTCObjective(model) if isinstance(model, CTC) else TransducerObjective(model, ctc_weight)
+
+
+def ctc_loss(logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, *, blank: int) -> Tensor:
+    """The CTC loss of ``(B, T, V)`` logits, summed over the batch, in nats; 0 for more labels than frames, which have
+    no alignment."""
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
+    labels = targets, lengths, target_lengths
+    return nn.functional.ctc_loss(log_probs, *labels, blank=blank, reduction="sum", zero_infinity=True)

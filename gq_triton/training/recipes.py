@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from gq_triton import GQConfig
-from gq_triton.models.rnnt import RNNT, RNNTConfig
+from gq_triton.models import model_of, preset
 from gq_triton.speech.datasets import Utterance
 from gq_triton.speech.features import LogMel
 from gq_triton.speech.recognizer import Recognizer
@@ -50,7 +50,7 @@ class Recipe:
     """How to train on a data set.
 
     Attributes:
-        preset: sizes of the model, a name in ``RNNT_PRESETS``.
+        preset: sizes of the model, a name in ``gq_triton.models.PRESETS``.
         tokenizer: "word", "char" or "subword"; ``vocab_size`` counts for subwords.
         front_end: arguments of :class:`gq_triton.speech.features.LogMel`.
         train: float training from scratch.
@@ -68,15 +68,16 @@ class Recipe:
     beam_width: int = 1
     allocations: tuple[str, ...] = ("8 bits", "5 bits", "4 bits", "2 bits", "mixed, LSTMs at 1 bit")
 
-    def untrained(self, utterances: Sequence[Utterance], seed: int) -> Recognizer:
-        """A float recognizer for the sound and the transcripts of a training set, with weights drawn from ``seed``."""
+    def untrained(self, utterances: Sequence[Utterance], seed: int, *, ctc: bool = False) -> Recognizer:
+        """A float recognizer for the sound and the transcripts of a training set, with weights drawn from ``seed``; a
+        transducer or, with ``ctc``, a CTC model."""
         sample = utterances[:: -(-len(utterances) // STATISTICS_UTTERANCES)]
         bar = tqdm(sample, desc="statistics", unit="utt", leave=False, disable=not is_main())
         front_end = LogMel(**self.front_end).fit(utterance.load() for utterance in bar)
         tokenizer = train_tokenizer(self.tokenizer, [utterance.text for utterance in utterances], self.vocab_size)
         torch.manual_seed(seed)
-        config = RNNTConfig.preset(self.preset, tokenizer.vocab_size, features=front_end.n_mels)
-        return Recognizer(front_end, tokenizer, RNNT(config))
+        sizes = {"features": front_end.n_mels, **({"predictor_layers": 0} if ctc else {})}
+        return Recognizer(front_end, tokenizer, model_of(preset(self.preset, tokenizer.vocab_size, **sizes)))
 
 
 AN4_FLOAT = TrainConfig(

@@ -1,4 +1,4 @@
-"""The training loop of a transducer: float and quantization-aware training alike, in one process or several.
+"""The training loop: float and quantization-aware training alike, in one process or several.
 
 Every source of chance is a function of (seed, step, process): batches, augmentation and dropout of step n are the
 same however the run came to step n. A run that was killed therefore ends, once resumed, with the weights of one that
@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from gq_triton import Annealer, param_groups
 from gq_triton.files import load_tensors, save_json, save_tensors
+from gq_triton.models.rnnt import BifocalEncoder
 from gq_triton.speech.augment import SpecAugment
 
 from .config import TrainConfig
 from .data import Batch, Item, TrainingSet, epoch_batches, item_duration, load_batches
 from .distributed import barrier, is_main, rank, training_device, world_size
 from .log import MetricLog
-from .objective import TransducerObjective
+from .objective import objective_of
 
 __all__ = ["Trainer"]
 
@@ -42,7 +43,7 @@ class Trainer:
     process constructs its own trainer; the first one writes the files.
 
     Args:
-        model: a transducer as in :class:`TransducerObjective`; prepared by ``gq.quantize_`` or not. Moved to this
+        model: a transducer or a CTC model; prepared by ``gq.quantize_`` or not. Moved to this
             process's GPU where there is one.
         data: the training set.
         config: the run.
@@ -74,7 +75,7 @@ class Trainer:
         self.progress, self.tensorboard = progress and is_main(), tensorboard
         self.device = training_device()
         torch.manual_seed(config.seed)
-        self.objective = TransducerObjective(model, config.ctc_weight).to(self.device)
+        self.objective = objective_of(model, config.ctc_weight).to(self.device)
         self.model = self.objective.model
         self.steps_per_epoch = config.steps_per_epoch(len(data.durations))
         self.total_steps = config.total_steps(len(data.durations))
@@ -146,7 +147,8 @@ class Trainer:
         draw = self._seed_step()
         features = self._augmented(batch, draw)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            total = self.network(features, batch.feature_lengths, batch.targets, batch.target_lengths)
+            labels = batch.targets, batch.target_lengths
+            total = self.network(features, batch.feature_lengths, *labels, self._switch(batch, draw))
         # DDP averages gradients over processes; shares of a batch may differ by one utterance.
         loss = total * (world_size() / utterances)
         self.optimizer.zero_grad(set_to_none=True)
@@ -166,6 +168,14 @@ class Trainer:
         masked = self.augment(batch.features, batch.feature_lengths, draw)
         noise = torch.randn(masked.shape, generator=draw).to(masked)
         return torch.add(masked, noise, alpha=self.config.feature_noise)
+
+    def _switch(self, batch: Batch, draw: torch.Generator) -> Tensor | None:
+        """The frames at which wake words are taken to end, 0 where there is none; None without a small encoder."""
+        if not isinstance(self.model.encoder, BifocalEncoder):
+            return None
+        wakes, share = torch.rand(2, len(batch.feature_lengths), generator=draw)
+        ends = (share * batch.feature_lengths.cpu()).long()
+        return torch.where(wakes < self.config.wake_share, ends, 0)
 
     def _seed_step(self) -> torch.Generator:
         """Seeds dropout, and returns the generator of augmentation, for this step and process alone."""
@@ -280,7 +290,7 @@ def _distribute(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     devices = [device.index] if device.type == "cuda" else None
-    bifocal = bool(model.model.config.small_encoder_layers)  # the small encoder has no part in the loss
+    bifocal = isinstance(model.model.encoder, BifocalEncoder)  # one of its encoders may have no part in a loss
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=bifocal)
 
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from conformer import Conformer
 from harness import Timing, Wrong
 from matplotlib.image import imread
 from scripts import load_script
@@ -109,24 +108,6 @@ def test_batches_have_realistic_lengths():
     assert labels.tolist() == [16, 12, 8]
     assert targets.shape == (3, 16)
     assert targets.min() >= 1 and targets.max() < 16
-
-
-def test_the_conformer_has_30_million_parameters():
-    workload = training_step.Workload("conformer", batch=1, frames=400, vocab_size=512, features=80)
-    with torch.device("meta"):
-        model = workload.build()
-    assert 28e6 < sum(parameter.numel() for parameter in model.parameters()) < 32e6
-
-
-def test_conformer_ignores_what_is_beyond_a_length():
-    encoder = Conformer(features=8, width=16, blocks=2, kernel=5).eval()
-    features, lengths = torch.randn(2, 33, 8), torch.tensor([33, 20])
-    encoded, encoded_lengths = encoder(features, lengths)
-    assert encoded.shape == (2, 9, 16)
-    assert encoded_lengths.tolist() == [9, 5]
-    longer = features.clone()
-    longer[1, 24:] += 1.0  # what the subsampling of frame 19 does not see
-    torch.testing.assert_close(encoder(longer, lengths)[0][1, :5], encoded[1, :5])
 
 
 def test_the_figure_is_drawn(path, tmp_path):

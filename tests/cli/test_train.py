@@ -5,6 +5,7 @@ import pytest
 import tones
 
 from gq_triton.cli.quantization import allocation
+from gq_triton.models import CTC
 from gq_triton.speech.recognizer import Recognizer
 
 
@@ -42,6 +43,18 @@ def test_held_out_speakers_are_measured_and_not_trained_on(gq_triton, manifest, 
     options = ("--preset", "tiny", "--tokenizer", "word", "--set", "epochs=1", "--set", "speeds=1", "--hold-out", 0.5)
     gq_triton.succeeds("train", "--data", "manifest", "--root", manifest, *options, "--output", tmp_path)
     assert ",wer," in (tmp_path / "metrics.csv").read_text()
+
+
+def test_a_conformer_with_ctc_comes_all_the_way(gq_triton, manifest, tmp_path):
+    data = ("--data", "manifest", "--root", manifest, "--set", "epochs=1", "--set", "speeds=1")
+    model = ("--preset", "conformer-tiny", "--ctc", "--tokenizer", "word")
+    gq_triton.succeeds("train", *data, *model, "--output", tmp_path / "float")
+    gq_triton.succeeds("qat", tmp_path / "float", "--bits", 4, *data, "--output", tmp_path / "qat")
+    gq_triton.succeeds("convert", tmp_path / "qat", "--output", tmp_path / "packed.safetensors")
+    audio = min(manifest.parent.glob("*.flac"))
+    gq_triton.succeeds("transcribe", "--model", tmp_path / "packed.safetensors", "--stream", audio)
+    packed = Recognizer.load(tmp_path / "packed.safetensors")
+    assert packed.stage == "packed" and isinstance(packed.model, CTC)
 
 
 def test_quantized_training_keeps_the_widths_asked_for(qat_run):

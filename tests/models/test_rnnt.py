@@ -141,7 +141,9 @@ def test_config_round_trip_and_refusals():
     with pytest.raises(ValueError, match="preset is 'large'; allowed: tiny, small, base, bifocal"):
         RNNTConfig.preset("large", 9)
     with pytest.raises(ValueError, match="no field attention"):
-        RNNTConfig.from_dict(dict(vocab_size=9, attention=1))
+        RNNTConfig.from_dict(dict(architecture="rnnt", vocab_size=9, attention=1))
+    with pytest.raises(ValueError, match="architecture is 'conformer'; 'rnnt' is needed"):
+        RNNTConfig.from_dict(dict(architecture="conformer", vocab_size=9))
 
 
 def test_bad_features_are_named():

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from gq_triton.models import RNNT, RNNTConfig
-from gq_triton.speech.decoding import BeamDecoder, Decoded, GreedyDecoder, beam, greedy
+from gq_triton.models import CTC, RNNT, RNNTConfig
+from gq_triton.speech.decoding import BeamDecoder, CTCDecoder, Decoded, GreedyDecoder, beam, greedy
 from gq_triton.training.objective import transducer_loss
 
 
@@ -181,3 +181,55 @@ def test_bad_settings_are_named(model):
         BeamDecoder(model, width=0)
     with pytest.raises(ValueError, match="max_symbols is 0"):
         GreedyDecoder(model, max_symbols=0)
+
+
+# --- CTC --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ctc():
+    torch.manual_seed(3)
+    sizes = dict(features=5, stack=2, encoder_layers=2, encoder_hidden=12, dropout=0.5, predictor_layers=0)
+    model = CTC(RNNTConfig(vocab_size=4, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+def plain_ctc(model, features):
+    """One utterance as the definition reads: repetitions are one label, then blanks go."""
+    logits, _ = model(features[None], torch.tensor([len(features)]))
+    frames = [label for label, _ in itertools.groupby(logits[0].argmax(-1).tolist())]
+    return [label for label in frames if label]
+
+
+def test_ctc_equals_the_definition(ctc, utterances):
+    features, lengths = utterances
+    with torch.no_grad():
+        expected = [plain_ctc(ctc, x[:n]) for x, n in zip(features, lengths, strict=True)]
+    assert len(expected[0]) > 2
+    assert greedy(ctc, features, lengths) == expected
+
+
+@torch.no_grad()
+def test_ctc_frames_may_come_in_pieces(ctc, utterances):
+    """A label that goes on across a cut is one; its time is where it began."""
+    decoder = CTCDecoder(ctc)
+    encoded, lengths = ctc.encoder(*utterances)
+    whole = decoder.advance(decoder.start(3), encoded, lengths)
+    for size in (1, 2, 3):
+        state = decoder.start(3)
+        for start in range(0, encoded.shape[1], size):
+            left = (lengths - start).clamp(0, size)
+            state = decoder.advance(state, encoded[:, start : start + size], left)
+        assert state == whole
+    assert type(whole).join(whole.split()) == whole
+    (found, *_), chosen = decoder.results(whole), ctc.output(encoded)[0].argmax(-1).tolist()
+    assert found.labels == [chosen[time] for time in found.times] and found.stable == len(found.labels)
+    assert all(time == 0 or chosen[time - 1] != chosen[time] for time in found.times)
+
+
+def test_beam_search_of_a_ctc_model_is_refused(ctc, utterances):
+    with pytest.raises(ValueError, match="a CTC model's beam_width must be 1"):
+        beam(ctc, *utterances)

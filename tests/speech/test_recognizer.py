@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import gq_triton as gq
-from gq_triton.models import RNNT
+from gq_triton.models import RNNT, ConformerConfig, model_of
 from gq_triton.speech.audio import save_audio
 from gq_triton.speech.features import LogMel
 from gq_triton.speech.recognizer import Recognizer
@@ -117,6 +117,27 @@ def test_a_bifocal_recognizer_is_saved_and_loaded(stage, spoken, tmp_path):
         )
     assert torch.equal(found, expected)
     assert loaded.model.config == recognizer.model.config and loaded.stage == stage
+
+
+@pytest.mark.parametrize("predictor_layers", [1, 0], ids=["transducer", "CTC"])
+@pytest.mark.parametrize("stage", ["float", "qat", "packed"])
+def test_a_conformer_recognizer_is_saved_and_loaded(stage, predictor_layers, spoken, tmp_path):
+    made = tones.recognizer(spoken)
+    sizes = dict(encoder_layers=2, predictor_layers=predictor_layers)
+    config = ConformerConfig.preset("tiny", made.tokenizer.vocab_size, **sizes)
+    recognizer = Recognizer(made.front_end, made.tokenizer, model_of(config)).eval()
+    if stage != "float":
+        recognizer.prepare({"encoder.blocks.0.*": gq.GQConfig(bits=2), "*": gq.GQConfig(bits=5)}).eval()
+    if stage == "packed":
+        recognizer.convert()
+    recognizer.save(tmp_path / "m")
+    loaded = Recognizer.load(tmp_path / "m")
+    features, lengths = torch.randn(2, 60, 80), torch.tensor([60, 40])
+    with torch.no_grad():
+        expected, found = (model(features, lengths)[0] for model in (recognizer.model.encoder, loaded.model.encoder))
+    assert torch.equal(found, expected)
+    assert loaded.model.config == config and loaded.stage == stage
+    assert loaded.transcribe(spoken[0].load()) == recognizer.transcribe(spoken[0].load())
 
 
 @pytest.mark.parametrize("kind", ["char", "subword"])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gq_triton as gq
-from gq_triton.models import RNNT, RNNTConfig
+from gq_triton.models import RNNT, ConformerConfig, RNNTConfig, model_of
 from gq_triton.speech.decoding import BeamDecoder, GreedyDecoder
 from gq_triton.speech.features import LogMel
 from gq_triton.speech.graphs import GraphedEncoder, GraphedGreedyDecoder, graphed
@@ -23,16 +23,21 @@ from gq_triton.speech.tokens import WordTokenizer
 CHUNK = 3840  # samples of 240 ms
 
 
+SIZES = dict(encoder_layers=2, predictor_embedding=8, predictor_hidden=12, joint=16, dropout=0.1)
+CONFORMER = dict(encoder_size=16, heads=2, channels=4, kernel=3, chunk=3, left=7)  # chunks of 120 ms
+
+
 def recognizer_of(seed=0, adapt_frames=20, tail_ms=300, **changes) -> Recognizer:
     """Untrained, but talkative: labels of every kind at some frames, none at others."""
     torch.manual_seed(seed)
     tokenizer = WordTokenizer(sorted(tones.PITCHES))
-    sizes = dict(encoder_layers=2, encoder_hidden=16, predictor_embedding=8, predictor_hidden=12, joint=16, dropout=0.1)
-    model = RNNT(RNNTConfig(tokenizer.vocab_size, **{**sizes, **changes}))
+    kind, sizes = (ConformerConfig, {}) if "encoder_size" in changes else (RNNTConfig, dict(encoder_hidden=16))
+    model = model_of(kind(tokenizer.vocab_size, **{**SIZES, **sizes, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)
-        model.joint.output.bias[0] += 3
+        output = model.joint.output if isinstance(model, RNNT) else model.output
+        output.bias[0] += 3
     front_end = LogMel(adapt_frames=adapt_frames, tail_ms=tail_ms).fit([0.1 * torch.randn(16000)])
     return Recognizer(front_end, tokenizer, model).eval()
 
@@ -93,6 +98,10 @@ def test_a_stream_ends_with_what_is_found_offline(stages, stage, beam_width):
         dict(chunk_ms=420, stack=7, reduce_after=0),
         dict(encoder_projection=6, predictor_layers=2),
         dict(adapt_frames=None, tail_ms=0),
+        CONFORMER,
+        dict(chunk_ms=600, **CONFORMER),
+        dict(predictor_layers=0),
+        dict(predictor_layers=0, **CONFORMER),
     ],
 )
 def test_any_chunk_and_model_end_with_what_is_found_offline(changes):
@@ -442,7 +451,7 @@ def test_bad_rules_are_named(name, value):
     ("settings", "message"),
     [
         (dict(streams=0), "streams must be at least 1, got 0"),
-        (dict(chunk_ms=100), "chunk_ms must be a positive multiple of 80, the encoder's frame, got 100"),
+        (dict(chunk_ms=100), "chunk_ms must be a positive multiple of 80, the encoder's chunk, got 100"),
         (dict(chunk_ms=0), "chunk_ms must be a positive multiple of 80"),
         (dict(chunk_ms=240.0), "chunk_ms must be a positive multiple of 80, .* got 240.0"),
         (dict(chunk_ms=-80), "chunk_ms must be a positive multiple of 80"),
@@ -652,3 +661,29 @@ def test_bifocal_chunks_are_replayed_on_a_gpu(bifocal_stages, stage):
     assert set(streaming.encoder.small._steps) == {1, 2} and set(streaming.encoder.large._steps) == {1, 2, 3}
     found = [streaming.finish(stream).ids for stream in range(3)]
     assert found == [found_offline(recognizer, *case) for case in zip(waves, switches, strict=True)]
+
+
+def test_a_packed_conformer_streams_as_it_transcribes():
+    config = gq.GQConfig(bits=5, codebook="int8", activations="int8")
+    recognizer = recognizer_of(**CONFORMER).prepare(config).convert().eval()
+    waves = [audio(1.9, 1), audio(1.1, 2)]
+    several = StreamingRecognizer(recognizer, 2)
+    for index, wave in enumerate(waves):  # of different ages when their chunks meet
+        several.push(wave[: 4000 * index], index)
+    several.push_many({index: wave[4000 * index :] for index, wave in enumerate(waves)})
+    assert [several.finish(index).text for index in range(2)] == [recognizer.transcribe(wave) for wave in waves]
+
+
+def test_a_conformer_goes_on_from_a_saved_state():
+    recognizer, wave = recognizer_of(**CONFORMER), audio(2.0)
+    streaming = StreamingRecognizer(recognizer)
+    streaming.push(wave[:20000])
+    other = StreamingRecognizer(recognizer)
+    other.restore(streaming.state())
+    other.push(wave[20000:])
+    assert other.finish().text == recognizer.transcribe(wave) != ""
+
+
+def test_chunks_are_whole_chunks_of_the_conformer():
+    with pytest.raises(ValueError, match="chunk_ms must be a positive multiple of 120, the encoder's chunk, got 160"):
+        StreamingRecognizer(recognizer_of(**CONFORMER), chunk_ms=160)

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gq_triton as gq
 from gq_triton.kernels.rnnt_loss import rnnt_loss
-from gq_triton.models import RNNT, RNNTConfig
+from gq_triton.models import CTC, RNNT, RNNTConfig
 from gq_triton.training import objective
-from gq_triton.training.objective import TransducerObjective, transducer_loss
+from gq_triton.training.objective import TransducerObjective, objective_of, transducer_loss
 
 BATCH = dict(
     features=torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0)),
@@ -144,6 +144,23 @@ def test_the_ctc_loss_is_added():
     ctc = nn.functional.ctc_loss(log_probs, BATCH["targets"], *lengths, reduction="sum", zero_infinity=True)
     assert model.encoder.subsampling == 4 and ctc > 0
     torch.testing.assert_close(both(**BATCH), alone(**BATCH) + 0.5 * ctc)
+
+
+def test_the_loss_of_a_ctc_model():
+    torch.manual_seed(0)
+    model = CTC(RNNTConfig(vocab_size=7, features=5, dropout=0.0, encoder_layers=2, predictor_layers=0))
+    objective = objective_of(model, ctc_weight=0.3)
+    logits, lengths = model(BATCH["features"], BATCH["feature_lengths"])
+    terms = [
+        nn.functional.ctc_loss(
+            row[:count].log_softmax(-1)[:, None], labels[:many][None], count[None], many[None], reduction="sum"
+        )
+        for row, count, labels, many in zip(logits, lengths, BATCH["targets"], BATCH["target_lengths"], strict=True)
+    ]
+    loss = objective(**BATCH)
+    torch.testing.assert_close(loss, sum(term for term in terms if term.isfinite()))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_reductions():

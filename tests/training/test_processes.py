@@ -67,7 +67,7 @@ def test_a_run_killed_by_the_system_resumes_exactly(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["float", "quantized", "bifocal"])
 def test_two_processes_take_the_steps_of_one(tmp_path, kind):
     # 14 utterances in batches of 4 or 3: the two processes' shares differ in size.
-    settings = ("epochs=1", "freq_masks=0", "time_masks=0", "log_every=1")
+    settings = ("epochs=1", "freq_masks=0", "time_masks=0", "wake_share=0", "log_every=1")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     alone = start(str(tmp_path / "alone"), kind, *settings)
     finish(start(str(tmp_path / "together"), kind, *settings, launcher=torchrun))

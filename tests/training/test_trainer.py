@@ -7,6 +7,7 @@ import torch
 
 import gq_triton as gq
 from gq_triton.files import load_tensors
+from gq_triton.models import ConformerConfig, model_of
 from gq_triton.training import SpeechSet, TrainConfig, Trainer
 from gq_triton.training.log import read_metrics
 
@@ -244,3 +245,27 @@ def test_augmentation_changes_what_is_learned(spoken, speech, tmp_path):
     plain = weight("plain", freq_masks=0, time_masks=0)
     assert torch.equal(plain, weight("again", freq_masks=0, time_masks=0, evaluate_every=1))
     assert not torch.equal(plain, weight("masked", freq_masks=2, time_masks=2))
+
+
+def test_both_encoders_of_a_bifocal_model_learn(speech, spoken, tmp_path):
+    small = dict(small_encoder_layers=2, small_encoder_hidden=8)
+    learnt = {}
+    for share in (0.0, 1.0):
+        model = tones.recognizer(spoken, **small).model
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        config = TrainConfig(epochs=1, batch_size=4, wake_share=share, weight_decay=0.0)
+        trainer(model, speech, tmp_path / str(share), config).run()
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        learnt[share] = {name.split(".")[1] for name in moved if name.startswith("encoder")}
+    assert learnt == {0.0: {"large"}, 1.0: {"small", "large", "widen"}}
+
+
+@pytest.mark.parametrize("predictor_layers", [1, 0], ids=["transducer", "CTC"])
+def test_a_conformer_learns(spoken, speech, tmp_path, predictor_layers):
+    sizes = dict(encoder_layers=1, encoder_size=32, channels=4, predictor_layers=predictor_layers)
+    torch.manual_seed(0)
+    model = model_of(ConformerConfig.preset("tiny", tones.recognizer(spoken).tokenizer.vocab_size, **sizes))
+    config = TrainConfig(epochs=10, batch_size=4, learning_rate=5e-3, ctc_weight=0.3, log_every=1, freq_masks=0)
+    trainer(model, speech, tmp_path, config).run()
+    history = losses(tmp_path)
+    assert sum(history[-3:]) < 0.7 * sum(history[:3])
