@@ -337,6 +337,8 @@ def linear(
 def layer_norm(x: Array, weight: Array, bias: Array, out: Array, epsilon: float = 1e-5) -> None:
     """out = the normalization of x over its last dimension, the elements of weight and bias; all float32. ``out`` may
     be ``x``."""
+    if x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"x must have weight's {weight.shape[0]} elements in its last dimension, got {x.shape[-1]}")
     arrays = (*_array("x", x, "float32"), *_array("weight", weight, "float32"), *_array("bias", bias, "float32"))
     _check(_library.gq_layer_norm(*arrays, epsilon, *_output("out", out)))
 

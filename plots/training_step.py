@@ -68,7 +68,7 @@ def _label(name: str, result: dict) -> str:
 
 def _title(model: str, settings: dict) -> str:
     workload = next(each for each in settings["workloads"] if each["model"] == model)
-    name = "Conformer transducer" if model.startswith("conformer") else f"RNN transducer `{model}`"
+    name = f"{'Conformer' if model.startswith('conformer') else 'RNN'} transducer `{model}`"
     seconds = workload["frames"] / 100
     return f"{name}, {workload['batch']} x {seconds:g} s of speech"
 

@@ -152,6 +152,8 @@ class ConformerConfig(TransducerConfig):
         kernel: encoder frames that the depthwise convolutions see, up to the present one.
         chunk: encoder frames of a chunk, in which each attends to all; what it says waits for the chunk's end.
         left: encoder frames before the chunk that each attends to.
+
+    ``left`` and ``chunk`` are at most 10,000 frames, minutes: they alone decide how much memory a stream takes.
     """
 
     architecture = "conformer"
@@ -167,6 +169,8 @@ class ConformerConfig(TransducerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if max(self.left, self.chunk) > 10_000:
+            raise ValueError(f"left is {self.left} and chunk is {self.chunk}; at most 10,000 frames are allowed")
         if self.encoder_size % (2 * self.heads):
             raise ValueError(
                 f"encoder_size is {self.encoder_size} with heads {self.heads}; a multiple of {2 * self.heads} is needed"

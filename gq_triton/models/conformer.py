@@ -21,6 +21,8 @@ from .config import ConformerConfig
 
 __all__ = ["ConformerEncoder", "ConformerState"]
 
+PIECE = 32  # chunks that are encoded at a time
+
 
 class LayerState(NamedTuple):
     """What a layer keeps of earlier frames.
@@ -124,6 +126,17 @@ class ConformerEncoder(nn.Module):
         return self._encode(features, state, None)
 
     def _encode(self, features: Tensor, state: ConformerState, lengths: Tensor | None) -> tuple[Tensor, ConformerState]:
+        """All at once in training; else in pieces, since what attention takes grows with the square of their length."""
+        parts, size = [], features.shape[1] if self.training else PIECE * self.chunk
+        for start, piece in enumerate(features.split(max(1, size), 1)):
+            left = None if lengths is None else lengths - start * PIECE * self.context.chunk
+            encoded, state = self._encode_piece(piece, state, left)
+            parts.append(encoded)
+        return torch.cat(parts, 1), state
+
+    def _encode_piece(
+        self, features: Tensor, state: ConformerState, lengths: Tensor | None
+    ) -> tuple[Tensor, ConformerState]:
         features = torch.cat([state.pending, features], 1)
         whole = features.shape[1] - features.shape[1] % self.subsampling
         pending, x = features[:, whole:], features[:, None, :whole]
@@ -132,7 +145,7 @@ class ConformerEncoder(nn.Module):
         frame, halved = x[:, :, -1:], torch.relu(self.first(torch.cat([state.frame, x], 2)))
         x = torch.relu(self.second(torch.cat([state.halved, halved], 2)))
         x = self.dropout(self.input(x.transpose(1, 2).flatten(2)))
-        visible, distances = self.context(x.shape[1], state.seen, lengths), self.context.distances.to(x)
+        visible, distances = self.context(x.shape[1], state.seen, lengths), self.context.distances(x)
         layers = []
         for block, kept in zip(self.blocks, state.layers, strict=True):
             x, kept = block(x, kept, distances, visible)
@@ -142,22 +155,18 @@ class ConformerEncoder(nn.Module):
 
 
 class Context(nn.Module):
-    """Which frames each frame attends to.
-
-    Attributes:
-        distances: ``(left + 2 chunk - 1, size)``, sinusoids of every distance to a frame within reach, from the
-            earliest one's, ``left + chunk - 1``, down to the latest one's, ``1 - chunk``.
-    """
-
-    distances: Tensor
+    """Which frames each frame attends to, and how far they are."""
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
-        self.left, self.chunk = config.left, config.chunk
-        distance = torch.arange(self.left + self.chunk - 1, -self.chunk, -1)[:, None]
-        rates = torch.exp(torch.arange(0, config.encoder_size, 2) * (-math.log(10000) / config.encoder_size))
-        distances = torch.stack([torch.sin(distance * rates), torch.cos(distance * rates)], 2).flatten(1)
-        self.register_buffer("distances", distances, persistent=False)
+        self.left, self.chunk, self.size = config.left, config.chunk, config.encoder_size
+
+    def distances(self, x: Tensor) -> Tensor:
+        """``(left + 2 chunk - 1, size)``, in the dtype and on the device of ``x``: sinusoids of every distance to a
+        frame within reach, from the earliest one's, ``left + chunk - 1``, down to the latest one's, ``1 - chunk``."""
+        distance = torch.arange(self.left + self.chunk - 1, -self.chunk, -1, device=x.device)[:, None]
+        rates = torch.exp(torch.arange(0, self.size, 2, device=x.device) * (-math.log(10000) / self.size))
+        return torch.stack([torch.sin(distance * rates), torch.cos(distance * rates)], 2).flatten(1).to(x)
 
     def forward(self, frames: int, seen: Tensor, lengths: Tensor | None) -> Tensor:
         """Whether each new frame attends to each that layers keep and each new one, ``(B, 1, T, left + T)`` bool.

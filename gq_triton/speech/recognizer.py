@@ -27,7 +27,7 @@ from .tokens import Tokenizer, tokenizer_from_dict
 __all__ = ["Recognizer"]
 
 STAGES = ("float", "qat", "packed")
-MALFORMED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)  # what a wrong description leads to
+MALFORMED = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)  # of wrong descriptions
 Quantization = gq.GQConfig | Mapping[str, gq.GQConfig | None]
 
 

@@ -1,4 +1,4 @@
-"""Training of transducers, float and quantization-aware, in one process or several."""
+"""Training of recognizers, float and quantization-aware, in one process or several."""
 
 from .config import TrainConfig
 from .data import SpeechSet

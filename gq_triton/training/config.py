@@ -10,7 +10,7 @@ __all__ = ["TrainConfig"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run of a transducer.
+    """A training run.
 
     Attributes:
         epochs: passes over the training set.
@@ -21,7 +21,7 @@ class TrainConfig:
         warmup: fraction of all steps in which the rate rises linearly to its peak.
         weight_decay: AdamW's, on weights only.
         clip_norm: largest norm of the whole gradient.
-        ctc_weight: of the auxiliary CTC loss on the encoder.
+        ctc_weight: of the auxiliary CTC loss on the encoder of a transducer.
         curriculum_epochs: first epochs, in which batches come shortest first and without SpecAugment.
         average_decay: of the moving average of all parameters, which is evaluated and returned; 0 for the last ones.
         seed: of initial weights, batches, dropout and augmentation.

@@ -107,6 +107,8 @@ def test_layers_are_normalized(features, isa):
     assert torch.equal(x, out)
     with pytest.raises(ValueError, match="bias must have"):
         native.layer_norm(x, weight, torch.zeros(features + 1), out)
+    with pytest.raises(ValueError, match=f"x must have weight's {features + 1} elements in its last dimension"):
+        native.layer_norm(x, torch.zeros(features + 1), torch.zeros(features + 1), out)
 
 
 @pytest.mark.parametrize(

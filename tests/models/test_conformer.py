@@ -77,6 +77,7 @@ def test_config_round_trip_and_refusals():
         (dict(encoder_size=4), "encoder_size is 4 with heads 4; a multiple of 8"),
         (dict(chunk=0), "chunk is 0; a positive number"),
         (dict(kernel=1.5), "kernel is 1.5"),
+        (dict(left=10**30), "at most 10,000 frames"),
     ]:
         with pytest.raises(ValueError, match=message):
             ConformerConfig(9, **(dict(encoder_size=144) | changes))
@@ -99,7 +100,7 @@ def test_attention_is_as_defined():
     x = torch.randn(1, frames, 16, dtype=torch.float64)
     state = encoder.blocks[0].initial_state(x)
     visible = encoder.context(frames, torch.zeros(1, dtype=torch.int64), None)
-    found, _, _ = attention(x, state, encoder.context.distances, visible)
+    found, _, _ = attention(x, state, encoder.context.distances(x), visible)
     normed = attention.norm(x[0])
     heads = (layer(normed).view(frames, 2, 8) for layer in (attention.query, attention.key, attention.value))
     query, key, value = heads
@@ -130,6 +131,18 @@ def test_a_stream_is_encoded_as_the_whole(frames, cuts):
     whole, lengths = encoder(features, torch.full((2,), frames))
     assert whole.shape == (2, frames // 4, 16) and lengths.tolist() == [frames // 4] * 2
     torch.testing.assert_close(in_chunks(encoder, features, cuts), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_long_utterance_is_encoded_in_pieces():
+    """As in one, which training takes it in."""
+    encoder = model_of().encoder
+    features, lengths = torch.randn(2, 90 * CHUNK + 7, 10), torch.tensor([90 * CHUNK + 7, 47 * CHUNK + 5])
+    found, frames = encoder(features, lengths)
+    expected, _ = encoder.train()(features, lengths)
+    assert found.shape == expected.shape
+    for row, count in enumerate(frames.tolist()):
+        torch.testing.assert_close(found[row, :count], expected[row, :count], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
