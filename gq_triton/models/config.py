@@ -33,6 +33,7 @@ class TransducerConfig:
     """
 
     architecture: ClassVar[str]
+    presets: ClassVar[dict[str, dict]]
     may_be_zero: ClassVar[frozenset[str]] = frozenset({"dropout", "predictor_layers"})
 
     vocab_size: int
@@ -55,6 +56,13 @@ class TransducerConfig:
         if self.dropout >= 1:
             raise ValueError(f"dropout is {self.dropout}; allowed: 0 <= dropout < 1")
 
+    @classmethod
+    def preset(cls: type[Config], name: str, vocab_size: int, **changes: float) -> Config:
+        """One of the architecture's presets for a vocabulary, with fields changed by keyword."""
+        if name not in cls.presets:
+            raise ValueError(f"preset is {name!r}; allowed: {', '.join(cls.presets)}")
+        return cls(**{"vocab_size": vocab_size, **cls.presets[name], **changes})
+
     def to_dict(self) -> dict[str, Any]:
         """The sizes and the ``architecture``, JSON-able; :func:`config_from_dict` reads them."""
         return {"architecture": self.architecture, **asdict(self)}
@@ -70,153 +78,6 @@ class TransducerConfig:
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
         return cls(**values)
-
-
-@dataclass(frozen=True)
-class RNNTConfig(TransducerConfig):
-    """Sizes of an :class:`~gq_triton.models.RNNT` with recurrent encoders, beside those of every transducer.
-
-    Attributes:
-        stack: input frames joined into one encoder frame; the first time reduction.
-        encoder_layers, encoder_hidden: unidirectional LSTM layers and their width.
-        encoder_projection: width of each LSTM's output projection, below ``encoder_hidden``; 0 for none.
-        reduce_after: layers after which pairs of frames are joined, the second time reduction; 0 for none.
-        small_encoder_layers, small_encoder_hidden: those of a second, small encoder for the wake word, which makes it a
-            Bifocal RNN-T (see :class:`~gq_triton.models.rnnt.BifocalEncoder`); 0 and 0 for none.
-    """
-
-    architecture = "rnnt"
-    may_be_zero = TransducerConfig.may_be_zero | {
-        "encoder_projection",
-        "reduce_after",
-        "small_encoder_layers",
-        "small_encoder_hidden",
-    }
-
-    stack: int = 4
-    encoder_layers: int = 3
-    encoder_hidden: int = 320
-    encoder_projection: int = 0
-    reduce_after: int = 1
-    small_encoder_layers: int = 0
-    small_encoder_hidden: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.small_encoder_layers == 0) != (self.small_encoder_hidden == 0):
-            raise ValueError(
-                f"small_encoder_layers is {self.small_encoder_layers} and small_encoder_hidden is "
-                f"{self.small_encoder_hidden}; both or neither must be 0"
-            )
-        layers = min(self.encoder_layers, self.small_encoder_layers or self.encoder_layers)
-        if self.reduce_after >= layers:
-            raise ValueError(f"reduce_after is {self.reduce_after}; allowed: 0..{layers - 1}")
-        if self.encoder_projection >= self.encoder_hidden:
-            raise ValueError(f"encoder_projection is {self.encoder_projection}; allowed: 0..{self.encoder_hidden - 1}")
-
-    @classmethod
-    def preset(cls, name: str, vocab_size: int, **changes: float) -> RNNTConfig:
-        """One of :data:`RNNT_PRESETS` for a vocabulary, with fields changed by keyword."""
-        return replace(cls(vocab_size=vocab_size, **_sizes(RNNT_PRESETS, name)), **changes)
-
-    def of_small_encoder(self) -> RNNTConfig:
-        """What :class:`~gq_triton.models.rnnt.Encoder` makes the small encoder of."""
-        return replace(
-            self,
-            encoder_layers=self.small_encoder_layers,
-            encoder_hidden=self.small_encoder_hidden,
-            encoder_projection=0,
-            small_encoder_layers=0,
-            small_encoder_hidden=0,
-        )
-
-    @property
-    def subsampling(self) -> int:
-        """Input frames per encoder output frame."""
-        return self.stack * (2 if self.reduce_after else 1)
-
-    @property
-    def layers(self) -> int:
-        """Of all kinds."""
-        return self.encoder_layers + self.small_encoder_layers + self.predictor_layers
-
-
-@dataclass(frozen=True)
-class ConformerConfig(TransducerConfig):
-    """Sizes of an :class:`~gq_triton.models.RNNT` with a Conformer encoder, beside those of every transducer.
-
-    Attributes:
-        channels: of the two convolutions that join four input frames into an encoder frame.
-        encoder_layers, encoder_size: blocks and their width.
-        heads: of the attention; they divide ``encoder_size``.
-        kernel: encoder frames that the depthwise convolutions see, up to the present one.
-        chunk: encoder frames of a chunk, in which each attends to all; what it says waits for the chunk's end.
-        left: encoder frames before the chunk that each attends to.
-
-    ``left`` and ``chunk`` are at most 10,000 frames, minutes: they alone decide how much memory a stream takes.
-    """
-
-    architecture = "conformer"
-
-    channels: int = 144
-    encoder_layers: int = 16
-    encoder_size: int = 144
-    heads: int = 4
-    kernel: int = 15
-    chunk: int = 6
-    left: int = 48
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if max(self.left, self.chunk) > 10_000:
-            raise ValueError(f"left is {self.left} and chunk is {self.chunk}; at most 10,000 frames are allowed")
-        if self.encoder_size % (2 * self.heads):
-            raise ValueError(
-                f"encoder_size is {self.encoder_size} with heads {self.heads}; a multiple of {2 * self.heads} is needed"
-            )
-
-    @classmethod
-    def preset(cls, name: str, vocab_size: int, **changes: float) -> ConformerConfig:
-        """One of :data:`CONFORMER_PRESETS` for a vocabulary, with fields changed by keyword."""
-        return replace(cls(vocab_size=vocab_size, **_sizes(CONFORMER_PRESETS, name)), **changes)
-
-    @property
-    def subsampling(self) -> int:
-        """Input frames per encoder output frame."""
-        return 4
-
-    @property
-    def layers(self) -> int:
-        """Of all kinds."""
-        return self.encoder_layers + self.predictor_layers
-
-
-def _sizes(presets: dict[str, dict], name: str) -> dict:
-    if name not in presets:
-        raise ValueError(f"preset is {name!r}; allowed: {', '.join(presets)}")
-    return presets[name]
-
-
-def preset(name: str, vocab_size: int, **changes: float) -> RNNTConfig | ConformerConfig:
-    """One of :data:`PRESETS` for a vocabulary, with fields changed by keyword."""
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
-    kind, _, size = name.rpartition("-")
-    return (ConformerConfig if kind else RNNTConfig).preset(size, vocab_size, **changes)
-
-
-def config_from_dict(values: dict[str, Any]) -> RNNTConfig | ConformerConfig:
-    """What :meth:`TransducerConfig.to_dict` of either architecture gave.
-
-    Raises:
-        ValueError: on an unknown architecture or fields that it does not have.
-    """
-    architectures = {kind.architecture: kind for kind in (RNNTConfig, ConformerConfig)}
-    found = values.get("architecture")
-    if found not in architectures:
-        raise ValueError(f"the model's architecture is {found!r}; allowed: {', '.join(architectures)}")
-    return architectures[found].from_dict(values)
 
 
 #: ``tiny`` for the quickstart, ``small`` for AN4 (about 2.8 M parameters), ``base`` the size class of on-device
@@ -265,6 +126,71 @@ RNNT_PRESETS: dict[str, dict] = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class RNNTConfig(TransducerConfig):
+    """Sizes of an :class:`~gq_triton.models.RNNT` with recurrent encoders, beside those of every transducer.
+
+    Attributes:
+        stack: input frames joined into one encoder frame; the first time reduction.
+        encoder_layers, encoder_hidden: unidirectional LSTM layers and their width.
+        encoder_projection: width of each LSTM's output projection, below ``encoder_hidden``; 0 for none.
+        reduce_after: layers after which pairs of frames are joined, the second time reduction; 0 for none.
+        small_encoder_layers, small_encoder_hidden: those of a second, small encoder for the wake word, which makes it a
+            Bifocal RNN-T (see :class:`~gq_triton.models.rnnt.BifocalEncoder`); 0 and 0 for none.
+    """
+
+    architecture, presets = "rnnt", RNNT_PRESETS
+    may_be_zero = TransducerConfig.may_be_zero | {
+        "encoder_projection",
+        "reduce_after",
+        "small_encoder_layers",
+        "small_encoder_hidden",
+    }
+
+    stack: int = 4
+    encoder_layers: int = 3
+    encoder_hidden: int = 320
+    encoder_projection: int = 0
+    reduce_after: int = 1
+    small_encoder_layers: int = 0
+    small_encoder_hidden: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.small_encoder_layers == 0) != (self.small_encoder_hidden == 0):
+            raise ValueError(
+                f"small_encoder_layers is {self.small_encoder_layers} and small_encoder_hidden is "
+                f"{self.small_encoder_hidden}; both or neither must be 0"
+            )
+        layers = min(self.encoder_layers, self.small_encoder_layers or self.encoder_layers)
+        if self.reduce_after >= layers:
+            raise ValueError(f"reduce_after is {self.reduce_after}; allowed: 0..{layers - 1}")
+        if self.encoder_projection >= self.encoder_hidden:
+            raise ValueError(f"encoder_projection is {self.encoder_projection}; allowed: 0..{self.encoder_hidden - 1}")
+
+    def of_small_encoder(self) -> RNNTConfig:
+        """What :class:`~gq_triton.models.rnnt.Encoder` makes the small encoder of."""
+        return replace(
+            self,
+            encoder_layers=self.small_encoder_layers,
+            encoder_hidden=self.small_encoder_hidden,
+            encoder_projection=0,
+            small_encoder_layers=0,
+            small_encoder_hidden=0,
+        )
+
+    @property
+    def subsampling(self) -> int:
+        """Input frames per encoder output frame."""
+        return self.stack * (2 if self.reduce_after else 1)
+
+    @property
+    def layers(self) -> int:
+        """Of all kinds."""
+        return self.encoder_layers + self.small_encoder_layers + self.predictor_layers
+
+
 #: ``tiny`` for experiments, ``S`` and ``M`` of the published sizes (about 10 M and 30 M parameters).
 CONFORMER_PRESETS: dict[str, dict] = {
     "tiny": dict(
@@ -292,5 +218,74 @@ CONFORMER_PRESETS: dict[str, dict] = {
         joint=640,
     ),
 }
+
+
+@dataclass(frozen=True)
+class ConformerConfig(TransducerConfig):
+    """Sizes of an :class:`~gq_triton.models.RNNT` with a Conformer encoder, beside those of every transducer.
+
+    Attributes:
+        channels: of the two convolutions that join four input frames into an encoder frame.
+        encoder_layers, encoder_size: blocks and their width.
+        heads: of the attention; they divide ``encoder_size``.
+        kernel: encoder frames that the depthwise convolutions see, up to the present one.
+        chunk: encoder frames of a chunk, in which each attends to all; what it says waits for the chunk's end.
+        left: encoder frames before the chunk that each attends to.
+
+    ``left`` and ``chunk`` are at most 10,000 frames, minutes: they alone decide how much memory a stream takes.
+    """
+
+    architecture, presets = "conformer", CONFORMER_PRESETS
+
+    channels: int = 144
+    encoder_layers: int = 16
+    encoder_size: int = 144
+    heads: int = 4
+    kernel: int = 15
+    chunk: int = 6
+    left: int = 48
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if max(self.left, self.chunk) > 10_000:
+            raise ValueError(f"left is {self.left} and chunk is {self.chunk}; at most 10,000 frames are allowed")
+        if self.encoder_size % (2 * self.heads):
+            raise ValueError(
+                f"encoder_size is {self.encoder_size} with heads {self.heads}; a multiple of {2 * self.heads} is needed"
+            )
+
+    @property
+    def subsampling(self) -> int:
+        """Input frames per encoder output frame."""
+        return 4
+
+    @property
+    def layers(self) -> int:
+        """Of all kinds."""
+        return self.encoder_layers + self.predictor_layers
+
+
+def preset(name: str, vocab_size: int, **changes: float) -> RNNTConfig | ConformerConfig:
+    """One of :data:`PRESETS` for a vocabulary, with fields changed by keyword."""
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
+    kind, _, size = name.rpartition("-")
+    return (ConformerConfig if kind else RNNTConfig).preset(size, vocab_size, **changes)
+
+
+def config_from_dict(values: dict[str, Any]) -> RNNTConfig | ConformerConfig:
+    """What :meth:`TransducerConfig.to_dict` of either architecture gave.
+
+    Raises:
+        ValueError: on an unknown architecture or fields that it does not have.
+    """
+    architectures = {kind.architecture: kind for kind in (RNNTConfig, ConformerConfig)}
+    found = values.get("architecture")
+    if found not in architectures:
+        raise ValueError(f"the model's architecture is {found!r}; allowed: {', '.join(architectures)}")
+    return architectures[found].from_dict(values)
+
+
 #: All presets: those with a Conformer are ``conformer-SIZE``.
 PRESETS = (*RNNT_PRESETS, *(f"conformer-{size}" for size in CONFORMER_PRESETS))
