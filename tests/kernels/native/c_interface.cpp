@@ -263,6 +263,44 @@ void compare_depthwise(Random& random) {
     });
 }
 
+struct Norm {
+    static constexpr float EPSILON = 1e-5f;
+    int64_t features, rows;
+    Exact<float> x, weight, bias;
+
+    explicit Norm(Random& random, int64_t most = 70) : features(random.between(1, most)), rows(random.between(1, 5)) {
+        x = random_reals(random, rows * features);
+        weight = random_reals(random, features);
+        bias = random_reals(random, features);
+    }
+
+    Exact<float> run() const {
+        Exact<float> y(x.size());
+        succeed(gq_layer_norm(x.data(), x.size(), weight.data(), features, bias.data(), features, EPSILON, y.data(),
+                              y.size()),
+                "gq_layer_norm");
+        return y;
+    }
+
+    double expected(int64_t row, int64_t k) const {
+        const float* numbers = x.data() + row * features;
+        double mean = 0, variance = 0;
+        for (int64_t i = 0; i < features; ++i) mean += numbers[i] / static_cast<double>(features);
+        for (int64_t i = 0; i < features; ++i) variance += (numbers[i] - mean) * (numbers[i] - mean) / features;
+        return (numbers[k] - mean) / sqrt(variance + EPSILON) * weight[k] + bias[k];
+    }
+};
+
+// The same bits everywhere.
+void compare_layer_norm(Random& random) {
+    const Norm norm(random);
+    succeed(gq_use_isa("portable"), "gq_use_isa");
+    const Exact<float> expected = norm.run();
+    for (int64_t i = 0; i < expected.size(); ++i)
+        require(fabs(expected[i] - norm.expected(i / norm.features, i % norm.features)) <= 1e-3, "a norm is wrong");
+    for_each_isa([&](const std::string& isa) { require(same(norm.run(), expected), "a norm differs on " + isa); });
+}
+
 // Every width and codebook on a ragged shape first, then whatever comes.
 void compare(uint64_t seed, int64_t rounds) {
     Random random(seed);
@@ -274,6 +312,7 @@ void compare(uint64_t seed, int64_t rounds) {
         compare_decoded(random, random_shape(random));
         compare_recurrent(random);
         compare_depthwise(random);
+        compare_layer_norm(random);
     }
     const std::vector<std::string> names = isas();
     printf("agree:");
@@ -499,13 +538,13 @@ void fuzz_recurrent(Random& random) {
 }
 
 void fuzz_layer_norm(Random& random) {
-    const int64_t features = random.between(1, 70), rows = random.between(1, 5);
-    Exact<float> numbers(rows * features), results(rows * features);
-    Exact<float> factors = random_reals(random, features), shifts = random_reals(random, features);
-    for (float& value : numbers) value = random.any_real();
-    const float *x = numbers.data(), *weight = factors.data(), *bias = shifts.data();
+    const Norm norm(random);
+    for (float& value : norm.x) value = random.any_real();
+    Exact<float> results(norm.x.size());
+    const float *x = norm.x.data(), *weight = norm.weight.data(), *bias = norm.bias.data();
     float* y = results.data();
-    int64_t x_count = numbers.size(), weight_count = features, bias_count = features, y_count = results.size();
+    int64_t x_count = norm.x.size(), weight_count = norm.features, bias_count = norm.features;
+    int64_t y_count = results.size();
     std::vector<Field> fields = {
         field("x", POINTER, &x),           field("x_count", COUNT, &x_count),
         field("weight", POINTER, &weight), field("weight_count", COUNT, &weight_count),
@@ -513,7 +552,7 @@ void fuzz_layer_norm(Random& random) {
         field("y", POINTER, &y),           field("y_count", COUNT, &y_count),
     };
     attack(random, "gq_layer_norm", fields, [&] {
-        return gq_layer_norm(x, x_count, weight, weight_count, bias, bias_count, 1e-5f, y, y_count);
+        return gq_layer_norm(x, x_count, weight, weight_count, bias, bias_count, Norm::EPSILON, y, y_count);
     });
 }
 
@@ -589,6 +628,8 @@ void call_everything(uint64_t seed, int64_t rounds) {
         Recurrent layer(random, random.one_in(2), {lstm, projected, 30, 160, projected ? 150 : 160, 6, 2});
         require(same(run_recurrent(layer, 1), run_recurrent(layer, 3)), "threads change a recurrent layer");
         Depthwise(random, 1000).run(3);
+        const Norm norm(random, 2000);
+        require(same(norm.run(), norm.run()), "a norm is not repeatable");
         require(gq_use_isa(nullptr) == -1 && strlen(gq_error()) > 8, "each thread has its own error");
     }
 }
