@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import glu, pad, scaled_dot_product_attention, silu
 
+from .checks import require_features
 from .config import ConformerConfig
 
 __all__ = ["ConformerEncoder", "ConformerState"]
@@ -101,10 +102,7 @@ class ConformerEncoder(nn.Module):
         Raises:
             ValueError: on a wrong shape or a batch too short for one output frame.
         """
-        if features.ndim != 3 or features.shape[-1] != self.features:
-            raise ValueError(f"features is {tuple(features.shape)}; (B, T, {self.features}) is needed")
-        if features.shape[1] < self.subsampling:
-            raise ValueError(f"features has {features.shape[1]} frames; at least {self.subsampling} are needed")
+        require_features(features, self.features, self.subsampling)
         lengths = lengths // self.subsampling
         return self._encode(features, self.initial_state(features), lengths)[0], lengths
 
@@ -128,8 +126,8 @@ class ConformerEncoder(nn.Module):
     def _encode(self, features: Tensor, state: ConformerState, lengths: Tensor | None) -> tuple[Tensor, ConformerState]:
         """All at once in training; else in pieces, since what attention takes grows with the square of their length."""
         parts, size = [], features.shape[1] if self.training else PIECE * self.chunk
-        for start, piece in enumerate(features.split(max(1, size), 1)):
-            left = None if lengths is None else lengths - start * PIECE * self.context.chunk
+        for index, piece in enumerate(features.split(max(1, size), 1)):
+            left = None if lengths is None else lengths - index * PIECE * self.context.chunk
             encoded, state = self._encode_piece(piece, state, left)
             parts.append(encoded)
         return torch.cat(parts, 1), state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .config import ConformerConfig, RNNTConfig
-from .rnnt import RNNT, encoder_of
+from .rnnt import RNNT, encode, encoder_of
 
 __all__ = ["CTC", "model_of"]
 
@@ -37,9 +37,11 @@ class CTC(nn.Module):
             features: ``(B, T, features)``.
             feature_lengths: ``(B,)`` valid frames.
             switch: ``(B,)`` frames at which wake words end; for a bifocal encoder only.
+
+        Raises:
+            ValueError: a switch for another encoder, or what the encoder refuses.
         """
-        switches = () if switch is None else (switch,)
-        encoded, lengths = self.encoder(features, feature_lengths, *switches)
+        encoded, lengths = encode(self.encoder, features, feature_lengths, switch)
         return self.output(encoded), lengths
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .checks import require_features
 from .config import RNNT_PRESETS, ConformerConfig, RNNTConfig, TransducerConfig
 from .conformer import ConformerEncoder
 
@@ -27,6 +28,7 @@ __all__ = [
     "Lattice",
     "Predictor",
     "RNNTConfig",
+    "encode",
     "encoder_of",
 ]
 
@@ -100,7 +102,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: on a wrong shape or a batch too short for one output frame.
         """
-        _check(features, self.features, self.subsampling)
+        require_features(features, self.features, self.subsampling)
         encoded, _ = self.stream(features, self.initial_state(features))
         return encoded, lengths // self.subsampling
 
@@ -127,13 +129,6 @@ class Encoder(nn.Module):
             x, layers[index] = lstm(x, layers[index])
             x = self.dropout(self.norms[index](x))
         return x, EncoderState(pending, reduced_pending, layers)
-
-
-def _check(features: Tensor, size: int, least: int) -> None:
-    if features.ndim != 3 or features.shape[-1] != size:
-        raise ValueError(f"features is {tuple(features.shape)}; (B, T, {size}) is needed")
-    if features.shape[1] < least:
-        raise ValueError(f"features has {features.shape[1]} frames; at least {least} are needed")
 
 
 def _join_frames(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +206,7 @@ class BifocalEncoder(nn.Module):
         """
         if switch is None:
             return self.large(features, lengths)
-        _check(features, self.features, self.subsampling)
+        require_features(features, self.features, self.subsampling)
         encoded, _ = self.stream(features, self.initial_state(features, switch))
         return encoded, lengths // self.subsampling
 
@@ -369,9 +364,11 @@ class RNNT(nn.Module):
             feature_lengths: ``(B,)`` valid frames.
             targets: ``(B, U)`` labels, padded with any valid id.
             switch: ``(B,)`` frames at which wake words end; for a :class:`BifocalEncoder` only.
+
+        Raises:
+            ValueError: a switch for another encoder, or what the encoder refuses.
         """
-        switches = () if switch is None else (switch,)
-        encoded, lengths = self.encoder(features, feature_lengths, *switches)
+        encoded, lengths = encode(self.encoder, features, feature_lengths, switch)
         start = targets.new_full((targets.shape[0], 1), self.blank)
         predicted, _ = self.predictor(torch.cat([start, targets], 1))
         return Lattice(self.joint.encoder(encoded), self.joint.predictor(predicted), lengths, encoded)
@@ -382,3 +379,16 @@ def encoder_of(config: RNNTConfig | ConformerConfig) -> Encoder | BifocalEncoder
     if isinstance(config, ConformerConfig):
         return ConformerEncoder(config)
     return BifocalEncoder(config) if config.small_encoder_layers else Encoder(config)
+
+
+def encode(encoder: nn.Module, features: Tensor, lengths: Tensor, switch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What an encoder of any kind makes of whole utterances; ``switch`` as in :meth:`BifocalEncoder.forward`.
+
+    Raises:
+        ValueError: a switch for another encoder.
+    """
+    if switch is None:
+        return encoder(features, lengths)
+    if not isinstance(encoder, BifocalEncoder):
+        raise ValueError(f"switch is for a BifocalEncoder; this model's is of type {type(encoder).__name__}")
+    return encoder(features, lengths, switch)

@@ -173,8 +173,7 @@ class GreedyDecoder:
 
     def results(self, state: GreedyState) -> list[Decoded]:
         """What was found so far, for each utterance. Labels taken are never taken back."""
-        rows = zip(state.labels, state.times, strict=True)
-        return [Decoded(list(labels), list(times), len(labels)) for labels, times in rows]
+        return _taken(state)
 
     def _predict(self, labels: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The joint's projection ``(n, joint)`` of the predictor's output for ``labels`` ``(n, 1)``, and its state."""
@@ -249,13 +248,17 @@ class CTCDecoder:
 
     def results(self, state: CTCState) -> list[Decoded]:
         """What was found so far, for each utterance. Labels taken are never taken back."""
-        rows = zip(state.labels, state.times, strict=True)
-        return [Decoded(list(labels), list(times), len(labels)) for labels, times in rows]
+        return _taken(state)
 
 
 def greedy_decoder(model: nn.Module, *, max_symbols: int = MAX_SYMBOLS) -> GreedyDecoder | CTCDecoder:
     """Greedy search by a model of either kind."""
     return CTCDecoder(model) if isinstance(model, CTC) else GreedyDecoder(model, max_symbols=max_symbols)
+
+
+def _taken(state: GreedyState | CTCState) -> list[Decoded]:
+    rows = zip(state.labels, state.times, strict=True)
+    return [Decoded(list(labels), list(times), len(labels)) for labels, times in rows]
 
 
 class _Row:

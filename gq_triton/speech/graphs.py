@@ -140,9 +140,9 @@ class GraphedGreedyDecoder(GreedyDecoder):
         batch = len(lengths)
         if batch not in self._loops:
             self._loops[batch] = _LabelLoop(self, state)
-        for start, part in enumerate(encoded.split(self.frames, 1)):
+        for index, part in enumerate(encoded.split(self.frames, 1)):
             projected = self.model.joint.encoder(nn.functional.pad(part, (0, 0, 0, self.frames - part.shape[1])))
-            valid = (lengths - start * self.frames).clamp(0, self.frames)
+            valid = (lengths - index * self.frames).clamp(0, self.frames)
             state = self._loops[batch](state, projected, valid)
         return state
 

@@ -35,3 +35,12 @@ def test_what_a_predictor_decides():
         CTC(preset("tiny", 9))
     with pytest.raises(ValueError, match="predictor_layers is 0; a transducer has a predictor"):
         RNNT(preset("tiny", 9, predictor_layers=0))
+
+
+@pytest.mark.parametrize("predictor_layers", [0, 1], ids=["CTC", "transducer"])
+@pytest.mark.parametrize("name", ["tiny", "conformer-tiny"])
+def test_a_switch_is_for_bifocal_encoders(name, predictor_layers):
+    model = model_of(preset(name, 9, predictor_layers=predictor_layers))
+    labels = [torch.ones(1, 2, dtype=torch.int64)] * predictor_layers
+    with pytest.raises(ValueError, match="switch is for a BifocalEncoder; this model's is of type"):
+        model(torch.zeros(1, 40, 80), torch.tensor([40]), *labels, switch=torch.tensor([8]))
