@@ -29,9 +29,11 @@ if not (_ROOT / "kernels").exists() and (_ROOT.parent / "kernels" / "__init__.py
     __path__.append(str(_ROOT.parent))
 
 if TYPE_CHECKING:
-    from gq_triton import functional
-    from gq_triton.anneal import Annealer, param_groups
-    from gq_triton.config import GQConfig
+    from gq_triton import baselines, functional
+    from gq_triton.allocation import Allocation, Sensitivity, allocate, quantized_loss, sensitivity
+    from gq_triton.anneal import Annealer, param_groups, penalty
+    from gq_triton.config import GQConfig, WeightConfig, config_from_dict
+    from gq_triton.config_file import load_config, save_config
     from gq_triton.dense import allow_dense
     from gq_triton.packed_file import PackedFileError, load_packed, read_metadata, save_packed
     from gq_triton.quantize import quantize_
@@ -42,36 +44,58 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocation",
     "Annealer",
     "GQConfig",
     "PackedFileError",
     "Report",
+    "Sensitivity",
+    "WeightConfig",
     "WeightQuantizer",
+    "allocate",
     "allow_dense",
+    "baselines",
+    "config_from_dict",
     "functional",
+    "load_config",
     "load_packed",
     "load_tuned",
     "param_groups",
+    "penalty",
     "quantize_",
+    "quantized_loss",
     "read_metadata",
     "report",
+    "save_config",
     "save_packed",
+    "sensitivity",
 ]
 
 _MODULES = {
+    "Allocation": "allocation",
     "Annealer": "anneal",
     "GQConfig": "config",
     "PackedFileError": "packed_file",
     "Report": "reporting",
+    "Sensitivity": "allocation",
+    "WeightConfig": "config",
     "WeightQuantizer": "quantizer",
+    "allocate": "allocation",
     "allow_dense": "dense",
+    "baselines": "baselines",
+    "config_from_dict": "config",
     "functional": "functional",
+    "load_config": "config_file",
     "load_packed": "packed_file",
     "load_tuned": "tuning",
     "param_groups": "anneal",
+    "penalty": "anneal",
     "quantize_": "quantize",
+    "quantized_loss": "allocation",
     "read_metadata": "packed_file",
     "report": "reporting",
+    "save_config": "config_file",
     "save_packed": "packed_file",
+    "sensitivity": "allocation",
 }
 __getattr__, __dir__ = lazy(__name__, _MODULES)

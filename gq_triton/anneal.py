@@ -1,11 +1,15 @@
-"""Annealing of the soft assignment, the steps that train centroids, and optimizer groups for prepared models."""
+"""What prepared models need while they train: annealing of the soft assignment, what else methods do after each step,
+their part of the loss, and optimizer groups."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from gq_triton.quantizer import INITIAL_HARDNESS, WeightQuantizer, warn_of_bypassed
+from gq_triton.layers import QATLayer
+from gq_triton.quantizer import INITIAL_HARDNESS, Quantizer, warn_of_bypassed
 
 
 class Annealer:
@@ -15,7 +19,8 @@ class Annealer:
     Hardness is a softmax's sharpness in units of the mean centroid spacing: half way between two centroids the
     assignment turns from one to the other within about 2 / hardness spacings.
 
-    It also says which steps give centroids and mu a gradient: every n-th, by ``GQConfig.centroid_interval``.
+    It also says which steps give centroids and mu a gradient: every n-th, by ``GQConfig.centroid_interval``. Other
+    methods (:mod:`gq_triton.baselines`) have no hardness; what they do after a step, they do when this one is told.
 
     Args:
         model: a prepared model. Its hardness is set to ``start`` at once.
@@ -24,7 +29,8 @@ class Annealer:
         end: hardness at last, above 0. Default 16.
 
     Raises:
-        ValueError: if an argument is out of range, or the model has no quantizer.
+        ValueError: if an argument is out of range, the model has no quantizer, or one of a method that works on whole
+            weights has a weight that FSDP has sharded.
     """
 
     def __init__(self, model: nn.Module, total_steps: int, start: float = INITIAL_HARDNESS, end: float = 16.0) -> None:
@@ -34,9 +40,13 @@ class Annealer:
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
         self._model = model
-        self._quantizers = [module for module in model.modules() if isinstance(module, WeightQuantizer)]
+        self._quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
         if not self._quantizers:
             raise ValueError("model has no quantizer to anneal: call quantize_(model, config, step='prepare') first")
+        for quantizer, weight in _quantized_weights(model):
+            if quantizer.whole_weights and hasattr(weight, "full_tensor"):
+                method = quantizer.config.method
+                raise ValueError(f"model must not be sharded: {method!r} works on whole weights; use DDP, not FSDP")
         self.total_steps = total_steps
         self.start = start
         self.end = end
@@ -53,17 +63,19 @@ class Annealer:
         """Moves on by one step; call it after each optimizer step.
 
         Warns:
-            UserWarning: at the first step, naming layers that were not called in training while others were.
+            UserWarning: at the first step, naming layers that were not called in training while others were, and whose
+                weights yet have a gradient.
         """
         self.steps += 1
         self._apply()
+        for quantizer, weight in _quantized_weights(self._model):
+            quantizer.update(weight, self.steps)
         if self.steps == 1:
-            warn_of_bypassed(self._model)
+            warn_of_bypassed(self._model, learning=True)
 
     def _apply(self) -> None:
         for quantizer in self._quantizers:
-            quantizer.hardness.fill_(self.hardness)
-            quantizer.learn_tables = self.steps % quantizer.config.centroid_interval == 0
+            quantizer.schedule(self.steps, self.hardness)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the schedule and the position in it, JSON-able."""
@@ -80,6 +92,26 @@ class Annealer:
         self._apply()
 
 
+def penalty(model: nn.Module) -> Tensor:
+    """Returns what the methods of a prepared model add to its loss, (), float32: 0 for all but S8BQAT.
+
+    In several processes that average their gradients, add it to the loss of each.
+    """
+    terms = [quantizer.penalty(weight) for quantizer, weight in _quantized_weights(model)]
+    return sum((term for term in terms if term is not None), torch.zeros(()))
+
+
+def _quantized_weights(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
+    """The quantizers in the layers of a prepared model, each once, with their weights."""
+    seen: set[Quantizer] = set()
+    for layer in model.modules():
+        for name, quantizer in layer.quantizers().items() if isinstance(layer, QATLayer) else ():
+            if quantizer not in seen:
+                seen.add(quantizer)
+                own = layer._parameters.get(name)  # as an attribute, a compiled graph would read it quantized
+                yield quantizer, getattr(layer, name) if own is None else own
+
+
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None = None
 ) -> list[dict[str, Any]]:
@@ -94,7 +126,7 @@ def param_groups(
     Returns:
         Groups for any torch optimizer, each parameter in exactly one.
     """
-    own = {id(p) for module in model.modules() if isinstance(module, WeightQuantizer) for p in module.parameters()}
+    own = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if id(p) not in own], "lr": lr, "weight_decay": weight_decay},

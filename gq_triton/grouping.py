@@ -17,8 +17,12 @@ whole only while it runs. Two things are left to the caller: weights that are ch
 layers of one call are not seen; and a weight that is changed in place between the first layer of its group and the
 backward pass fails that pass, as autograd then says, even where its own layer runs after the change.
 
-Under ``torch.compile`` there are no scopes, and weights are quantized one by one: what is ready would be told apart by
+Only the General Quantizer's weights form groups; other methods' are quantized one by one. Under ``torch.compile`` there
+are no scopes, and weights are quantized one by one: what is ready would be told apart by
 the identity of tensors and modules, which a compiled graph, shared by modules of one structure, does not check.
+
+Scopes also tell modules that compute with another's ``weight`` without calling it, who are to find it quantized, from
+all else that reads a weight (:func:`read`).
 """
 
 import sys
@@ -31,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from gq_triton.quantizer import WeightQuantizer, quantize_group
+from gq_triton.quantizer import Quantizer, WeightQuantizer, quantize_group
 
 GROUP_BYTES = 25 << 20  # DDP's default bucket: the gradients of a group fill one
 
@@ -39,10 +43,14 @@ _SUFFIX = "_quantizer"  # a quantizer is named after the weight beside it
 
 
 def regroup(model: nn.Module) -> None:
-    """Has every module of ``model`` that holds several quantizers open a scope when it is called, and no other one."""
+    """Has every module of ``model`` that holds quantizers open a scope when it is called, and no other one.
+
+    A layer that has a single quantizer and reads its weight by :func:`quantized` alone has no use for one.
+    """
     for module in model.modules():
         _remove_hooks(module)
-        if sum(isinstance(child, WeightQuantizer) for child in module.modules()) > 1:
+        count = sum(isinstance(child, Quantizer) for child in module.modules())
+        if count > 1 or (count == 1 and getattr(module, "may_read", not isinstance(module, Quantizer))):
             module.register_forward_pre_hook(open_scope)
             module.register_forward_hook(close_scope, always_call=True)
 
@@ -54,17 +62,41 @@ def _remove_hooks(module: nn.Module) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-def quantized(layer: nn.Module, name: str) -> Tensor:
+def quantized(layer: nn.Module, name: str, autocast: bool = True) -> Tensor:
     """Returns weight ``name`` of ``layer``, quantized in a group where there is one, else alone.
 
-    Under autocast, layers whose weights autocast would cast get them in its dtype at once.
+    Under autocast, layers whose weights it would cast get them in its dtype at once, unless ``autocast`` is False.
     """
-    weight, quantizer = getattr(layer, name), getattr(layer, name + _SUFFIX)
-    dtype = _autocast_dtype(layer, quantizer, weight)
-    if is_compiling() or not _thread.scopes or not _may_join(quantizer, weight):
+    weight, quantizer = _plain(layer, name), getattr(layer, name + _SUFFIX)
+    weight = getattr(layer, name) if weight is None else weight
+    dtype = _autocast_dtype(layer, quantizer, weight) if autocast else None
+    groups = isinstance(quantizer, WeightQuantizer)
+    if not groups or is_compiling() or not _thread.scopes or not _may_join(quantizer, weight):
         return quantizer(weight, dtype)
     ready = _thread.scopes[-1].find(quantizer, weight, dtype)
     return quantizer(weight, dtype) if ready is None else quantizer.remember(weight, ready)
+
+
+def read(layer: nn.Module, name: str) -> Tensor | None:
+    """Returns weight ``name`` of ``layer`` to whoever reads it as an attribute.
+
+    While a module is called, or recomputed in a backward pass, that is the quantized weight. It is the trained one to
+    all others, such as optimizers, and to those that turned gradients off within a call, such as hooks that change it.
+    """
+    weight = _plain(layer, name)
+    if weight is None and name not in layer._parameters:
+        raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
+    if weight is None or name + _SUFFIX not in layer._modules:
+        return weight
+    return quantized(layer, name, autocast=False) if _computes() else weight
+
+
+def _computes() -> bool:
+    if is_compiling():
+        return True
+    if _thread.scopes:
+        return _thread.scopes[-1].records == torch.is_grad_enabled()
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
 
 
 # --- hooks: plain functions, so that modules that have them can be copied and pickled
@@ -108,6 +140,7 @@ class Scope:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.records = torch.is_grad_enabled()
         self._state = _autograd_state()
         self._modules = _unit(module)
         self._members: dict[WeightQuantizer, Member] | None = None
@@ -241,7 +274,8 @@ def _members(modules: dict[nn.Module, None]) -> dict[WeightQuantizer, Member]:
 
 def _plain(layer: nn.Module, name: str) -> Tensor | None:
     """Returns a weight that is a parameter, or the tensor that FSDP has in its place; None for a parametrized one."""
-    return layer._parameters.get(name, vars(layer).get(name))
+    weight = layer._parameters.get(name)
+    return vars(layer).get(name) if weight is None else weight
 
 
 def _may_join(quantizer: WeightQuantizer, weight: Tensor) -> bool:
@@ -291,10 +325,11 @@ def _autograd_state() -> Hashable:
     )
 
 
-def _autocast_dtype(layer: nn.Module, quantizer: WeightQuantizer, weight: Tensor) -> torch.dtype | None:
+def _autocast_dtype(layer: nn.Module, quantizer: Quantizer, weight: Tensor) -> torch.dtype | None:
     """Returns the dtype to which autocast would cast the quantized weight, or None if it would not."""
     device = weight.device.type
     if not layer.autocasts or weight.dtype != torch.float32 or weight.is_meta:
         return None
-    periodical = quantizer.config.requantize_every > 1  # what is remembered may be used without autocast, too
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and not periodical else None
+    if quantizer.reuses or not torch.is_autocast_enabled(device):  # what is used again may be so without autocast
+        return None
+    return torch.get_autocast_dtype(device)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gq_triton.files import write_atomically
 from gq_triton.kernels.tables import stored_values
-from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, twins_of
+from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, twins_of, weight_norm
 from gq_triton.layers.packed_weight import finite_or_none, packed_layout
 from gq_triton.packed_header import KEY, VERSION, Header, some
 from gq_triton.quantize import Target, become, disable_fused_paths, find_targets, join, readers_of
@@ -193,7 +193,9 @@ def _plan(model: nn.Module, header: Header) -> list[Target]:
     names = set(header.configs)
     plan = [target for target in find_targets(model) if names.intersection(_pieces(target))]
     for target in plan:
-        if not names.issuperset(_pieces(target)) or twins_of(target.layer) is None:
+        twins = twins_of(target.layer)
+        fits = twins and not weight_norm.is_parametrized_otherwise(target.layer, twins.qat.weight_names(target.layer))
+        if not fits or not names.issuperset(_pieces(target)):
             raise ValueError(f"{target.name} of the model cannot take the packed form that it has in the file")
     if unknown := names.difference(*(_pieces(target) for target in plan)):
         raise ValueError(f"it has packed weights that the model has not: {some(unknown)}")
@@ -216,6 +218,8 @@ def _expected_layout(model: nn.Module, plan: list[Target], header: Header) -> _L
             raise ValueError(f"the model has state that is not a tensor: {name}")
         dtypes = _FLOAT_NAMES if tensor.is_floating_point() else (_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),)
         layout[name] = (tuple(tensor.shape), dtypes)
+    for target in {target.layer: target for target in plan}.values():
+        _fold(layout, target)
     for target in plan:
         for layer_name in target.layer_names:
             del layout[join(layer_name, target.weight_name)]
@@ -224,6 +228,18 @@ def _expected_layout(model: nn.Module, plan: list[Target], header: Header) -> _L
                 for buffer, (size, dtype) in packed_layout(header.configs[piece], shape).items():
                     layout[f"{renamed}_packed.{buffer}"] = (size, (_DTYPE_NAMES[dtype],))
     return layout
+
+
+def _fold(layout: _Layout, target: Target) -> None:
+    """Gives the weight-normed weights of a target's layer, of which all are folded, the entry of one tensor each."""
+    twins = twins_of(target.layer)
+    assert twins is not None
+    for name in twins.qat.weight_names(target.layer):
+        normed, parts = weight_norm.value(target.layer, name), weight_norm.parts(target.layer, name)
+        for layer_name in target.layer_names if normed is not None else ():
+            for part in parts:
+                layout.pop(join(layer_name, part), None)
+            layout[join(layer_name, name)] = (tuple(normed.shape), _FLOAT_NAMES)
 
 
 def _check_sharing(model: nn.Module, layout: _Layout, header: Header) -> None:

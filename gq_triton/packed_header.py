@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gq_triton.config import GQConfig
+from gq_triton.config import WeightConfig, config_from_dict
 
 __all__ = ["KEY", "RECOGNIZER_FORMAT", "VERSION", "Header", "some"]
 
@@ -29,7 +29,7 @@ class Header:
         aliases: for each other name of a shared tensor, the name under which it is stored.
     """
 
-    configs: dict[str, GQConfig]
+    configs: dict[str, WeightConfig]
     sqnr_db: dict[str, Any]
     aliases: dict[str, str]
 
@@ -79,9 +79,9 @@ class Header:
         return owner
 
 
-def _config(name: str, settings: Any) -> GQConfig:
+def _config(name: str, settings: Any) -> WeightConfig:
     try:
-        return GQConfig.from_dict(settings)
+        return config_from_dict(settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"its settings of {name} are invalid: {error}") from error
 

@@ -8,32 +8,38 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from gq_triton.config import GQConfig
+from gq_triton.config import WeightConfig
 from gq_triton.grouping import regroup
-from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, family_of, twins_of
-from gq_triton.quantizer import WeightQuantizer, warn_of_bypassed
+from gq_triton.layers import PackedLayer, PackedWeight, QATLayer, family_of, objection_to_class, twins_of, weight_norm
+from gq_triton.quantizer import Quantizer, quantizer_class, quantizer_of, warn_of_bypassed
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PARAMETRIZED = "parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
 
 
 def quantize_(
     model: nn.Module,
-    config: GQConfig | Mapping[str, GQConfig | None] | None = None,
+    config: WeightConfig | Mapping[str, WeightConfig | None] | None = None,
     step: Literal["prepare", "convert"] = "prepare",
 ) -> nn.Module:
     """Quantizes a model in place: linear, embedding, convolution, attention, LSTM and GRU layers.
 
     ``step="prepare"`` makes them quantization-aware: they train their float weights, and each quantized weight gets a
-    :class:`WeightQuantizer`, fitted to it. ``step="convert"`` replaces the float weights of a prepared model by
-    packed codes. Preparing and converting without training in between is post-training quantization.
+    :class:`~gq_triton.quantizer.Quantizer`, fitted to it. ``step="convert"`` replaces the float weights of a prepared
+    model by packed codes. Preparing and converting without training in between is post-training quantization.
 
     Modules that hold several quantized weights get forward hooks, which have them quantized together
     (:mod:`gq_triton.grouping`).
 
     A layer keeps its identity and changes its class, so a lone layer may be passed as the model too. But pass the whole
     model: only then are the modules seen that share a weight or read another module's.
+
+    Subclasses of linear, embedding and convolution layers keep their own forward, which finds ``self.weight``
+    quantized; what it does to it in place is lost. Modules that read another's ``weight`` while they run, instead of
+    calling it, find it quantized, too; to optimizers and all others it is the trained parameter. Weight normalization
+    is folded: the layer then has ``weight`` instead of its two parts, so load float checkpoints before. All else stays
+    float.
 
     Args:
         model: the model; its weights must be real (not on the meta device).
@@ -50,8 +56,9 @@ def quantize_(
     Raises:
         ValueError: if an argument is not as described; nothing was prepared ("convert"); a selected weight is already
             prepared or packed, is shared with something that cannot or is not to be quantized alike, holds NaN or
-            infinity, or is parametrized; or a selected layer is of a subclass with its own forward, or has an option
-            that is not supported. The model is then unchanged.
+            infinity, or is parametrized by other than weight normalization; or a selected layer is of a subclass of an
+            attention or recurrent layer, or has an option that is not supported. The model is then unchanged, and the
+            error names every such weight, with the pattern that leaves them float.
 
     Warns:
         UserWarning: naming patterns that match nothing, or weights that are all zeros; or, for "convert", layers that
@@ -60,7 +67,7 @@ def quantize_(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if step == "prepare":
-        _prepare(model, _patterns(config))
+        _prepare(model, select(model, config))
     elif step == "convert":
         if config is not None:
             raise ValueError("config must not be given for step='convert': each weight keeps what it was prepared with")
@@ -112,9 +119,18 @@ class Target:
         return twins.packed.row_groups(self.layer, self.weight_name)
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the weight is made of, by full name: itself, or the two parts of a weight-normed one; nothing where it
+        is computed in another way, or packed."""
+        own = self.layer._parameters.get(self.weight_name)
+        found = weight_norm.parts(self.layer, self.weight_name) if own is None else {self.weight_name: own}
+        return {join(self.layer_names[0], name): parameter for name, parameter in found.items()}
+
+    @property
     def weight(self) -> Tensor | None:
-        """The parameter; None where it is computed (parametrized, weight-normed) or packed."""
-        return self.layer._parameters.get(self.weight_name)
+        """The parameter, or what the layer's weight normalization computes; None where there is neither."""
+        own = self.layer._parameters.get(self.weight_name)
+        return weight_norm.value(self.layer, self.weight_name) if own is None else own
 
 
 def find_targets(model: nn.Module) -> list[Target]:
@@ -150,8 +166,11 @@ def disable_fused_paths(model: nn.Module) -> None:
 
 
 def become(layer: nn.Module, form: Literal["qat", "packed"]) -> None:
-    """Turns a layer of a supported type into its quantized twin, in place."""
-    layer.__class__ = getattr(twins_of(layer), form)
+    """Turns a layer of a supported type into its quantized twin, in place; folds its weight normalization."""
+    twins = twins_of(layer)
+    assert twins is not None
+    weight_norm.fold(layer, twins.qat.weight_names(layer))
+    layer.__class__ = getattr(twins, form)
 
 
 def readers_of(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
@@ -163,21 +182,28 @@ def readers_of(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]
     owners = _attention_owners(model)
     readers = [owner for layer in layers for owner in owners.get(layer, ())]
     for reader in readers:
-        if twins_of(reader) is None:
+        twins = twins_of(reader)
+        if twins is None or weight_norm.is_parametrized_otherwise(reader, twins.qat.weight_names(reader)):
             raise ValueError(f"{type(reader).__name__} reads its out_proj's weight by itself: leave out_proj float")
     return readers
 
 
-def _patterns(config: object) -> dict[str, GQConfig | None]:
-    if isinstance(config, GQConfig):
+def patterns_of(config: object) -> dict[str, WeightConfig | None]:
+    """Returns the patterns, in their order, of what :func:`quantize_` takes for ``config``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(config, WeightConfig):
         return {"*": config}
     if not isinstance(config, Mapping) or not config:
         raise ValueError(
-            f"config must be a GQConfig, or a mapping of name patterns to GQConfig or None; got {config!r}"
+            "config must be a configuration such as GQConfig, or a mapping of name patterns to configurations or None; "
+            f"got {config!r}"
         )
     for pattern, value in config.items():
-        if not isinstance(pattern, str) or not isinstance(value, (GQConfig, type(None))):
-            raise ValueError(f"config must map name patterns to GQConfig or None; got {pattern!r}: {value!r}")
+        if not isinstance(pattern, str) or not isinstance(value, (WeightConfig, type(None))):
+            raise ValueError(f"config must map name patterns to configurations or None; got {pattern!r}: {value!r}")
     return dict(config)
 
 
@@ -190,11 +216,23 @@ def _attention_owners(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     return owners
 
 
-def _prepare(model: nn.Module, patterns: dict[str, GQConfig | None]) -> None:
-    chosen = _choose(find_targets(model), patterns)
-    readers = readers_of(model, [target.layer for target, _ in chosen])
+def select(
+    model: nn.Module, config: WeightConfig | Mapping[str, WeightConfig | None] | None
+) -> list[list[tuple[Target, WeightConfig]]]:
+    """Returns the weights that :func:`quantize_` would quantize by ``config``, each with all targets that share it.
+
+    Raises:
+        ValueError: it would refuse them.
+    """
+    chosen = _choose(find_targets(model), patterns_of(config))
+    readers_of(model, [target.layer for target, _ in chosen])
+    return _group(model, chosen)
+
+
+def _prepare(model: nn.Module, selected: list[list[tuple[Target, WeightConfig]]]) -> None:
     # Everything that can fail comes before the first change.
-    fitted = [(targets, _fit(*targets[0])) for targets in _group(model, chosen)]
+    fitted = [(targets, fit_quantizer(*targets[0])) for targets in selected]
+    readers = readers_of(model, [target.layer for targets in selected for target, _ in targets])
     for targets, quantizer in fitted:
         for target, _ in targets:
             become(target.layer, "qat")
@@ -204,17 +242,19 @@ def _prepare(model: nn.Module, patterns: dict[str, GQConfig | None]) -> None:
             become(reader, "qat")
 
 
-def _choose(targets: list[Target], patterns: dict[str, GQConfig | None]) -> list[tuple[Target, GQConfig]]:
+def _choose(targets: list[Target], patterns: dict[str, WeightConfig | None]) -> list[tuple[Target, WeightConfig]]:
     """Returns the targets that some configuration wins, checked; warns of patterns that match none."""
     unmatched = set(patterns)
     chosen = []
+    objections = {}
     for target in targets:
         matching = [pattern for pattern in patterns if _matches(pattern, target.aliases)]
         unmatched.difference_update(matching)
         config = patterns[matching[0]] if matching else None
         if config is not None:
-            _check(target)
+            objections[target.name] = _objection(target) or quantizer_class(config).refuse(target.layer)
             chosen.append((target, config))
+    _check(objections)
     if unmatched:
         names = ", ".join(repr(pattern) for pattern in patterns if pattern in unmatched)
         warnings.warn(f"these patterns match no layer that can be quantized: {names}", UserWarning, stacklevel=4)
@@ -225,27 +265,28 @@ def _matches(pattern: str, names: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _check(target: Target) -> None:
-    objection = _objection(target)
-    if objection is not None:
-        hint = f"to leave it float, put {{{target.name!r}: None}} before the pattern that selects it"
-        raise ValueError(f"{target.name} cannot be quantized: {objection} ({hint})")
+def _check(objections: dict[str, str | None]) -> None:
+    """Raises an error that names all weights with an objection."""
+    found = {name: objection for name, objection in objections.items() if objection is not None}
+    if found:
+        reasons = "; ".join(f"{name} cannot be quantized: {objection}" for name, objection in found.items())
+        hint = f"to leave it float, put {dict.fromkeys(found)} before the pattern that selects it"
+        raise ValueError(f"{reasons} ({hint})")
 
 
 def _objection(target: Target) -> str | None:
     layer, weight = target.layer, target.weight
-    kind = type(layer).__name__
     if isinstance(layer, PackedLayer):
         return "its layer is packed already"
-    if parametrize.is_parametrized(layer):
-        return "its layer is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     twins = twins_of(layer)
     if twins is None:
-        return f"its layer is a {kind}, a subclass whose own forward the quantized layer would not have"
+        return objection_to_class(layer)
+    if weight_norm.is_parametrized_otherwise(layer, twins.qat.weight_names(layer)):
+        return f"its layer is {_PARAMETRIZED}"
     if isinstance(layer, QATLayer) and target.weight_name in layer.quantizers():
         return "it is prepared already"
     if weight is None:
-        return "it is not a parameter but computed, as by weight_norm or pruning; remove that first"
+        return "it is not a parameter but computed, as by pruning; make it one first"
     if weight.dtype not in _FLOATS:
         return f"its dtype is {weight.dtype}; allowed are {', '.join(map(str, _FLOATS))}"
     if weight.is_meta:
@@ -253,7 +294,7 @@ def _objection(target: Target) -> str | None:
     return twins.qat.refuse(layer)
 
 
-def _group(model: nn.Module, chosen: list[tuple[Target, GQConfig]]) -> list[list[tuple[Target, GQConfig]]]:
+def _group(model: nn.Module, chosen: list[tuple[Target, WeightConfig]]) -> list[list[tuple[Target, WeightConfig]]]:
     """Groups targets that share one weight, which get one quantizer.
 
     Raises:
@@ -263,12 +304,13 @@ def _group(model: nn.Module, chosen: list[tuple[Target, GQConfig]]) -> list[list
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append(join(module_name, name))
-    groups: dict[int, list[tuple[Target, GQConfig]]] = {}
+    groups: dict[tuple[int, ...], list[tuple[Target, WeightConfig]]] = {}
     for target, config in chosen:
-        groups.setdefault(id(target.weight), []).append((target, config))
+        groups.setdefault(tuple(map(id, target.parameters.values())), []).append((target, config))
     for key, group in groups.items():
         first, config = group[0]
-        others = sorted(set(users[key]) - {target.name for target, _ in group})
+        known = {name for target, _ in group for name in target.parameters}
+        others = sorted({name for parameter in key for name in users[parameter]} - known)
         if others:
             raise ValueError(
                 f"{first.name} is shared with {', '.join(others)}, which would read it unquantized: "
@@ -282,10 +324,15 @@ def _group(model: nn.Module, chosen: list[tuple[Target, GQConfig]]) -> list[list
     return list(groups.values())
 
 
-def _fit(target: Target, config: GQConfig) -> WeightQuantizer:
+def fit_quantizer(target: Target, config: WeightConfig) -> Quantizer:
+    """Returns a quantizer that fits a target's weight.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity, or nothing.
+    """
     weight = target.weight
     assert weight is not None
-    quantizer = WeightQuantizer(config, len(weight), weight.device)
+    quantizer = quantizer_of(config, len(weight), weight.device)
     try:
         quantizer.fit(weight)
     except ValueError as error:
@@ -300,6 +347,9 @@ def _convert(model: nn.Module) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
     if not layers:
         raise ValueError("model has no prepared layer to convert: call quantize_(model, config, step='prepare') first")
+    for name, layer in layers.items():
+        if weight_norm.is_parametrized_otherwise(layer, layer.quantizers()):
+            raise ValueError(f"{name} cannot be packed: it is {_PARAMETRIZED}")
     warn_of_bypassed(model)
     made: dict[tuple[object, ...], PackedWeight] = {}
     # Everything that can fail comes before the first change.

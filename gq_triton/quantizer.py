@@ -1,6 +1,8 @@
 """The trainable quantizer of one weight tensor: its parameters, their initial fit, and the fake quantization.
 
-Parameters are stored so that the constraints hold under any finite optimizer step:
+:class:`Quantizer` is what layers, packed files, reports and annealing know of any method; :class:`WeightQuantizer` is
+the General Quantizer's, and those of rival methods are in :mod:`gq_triton.baselines`. Its parameters are stored so that
+the constraints hold under any finite optimizer step:
 
 - scale = exp(log_scale) > 0, one per channel or one per tensor. An all-zero channel gets the scale 0 (an exponent
   that underflows), decodes to exact zeros and stays there: fit again once such a channel holds something.
@@ -22,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton import functional as F
-from gq_triton.config import GQConfig
+from gq_triton.config import GQConfig, WeightConfig
+from gq_triton.fitting import TINY, Grid, checked_rows, coarse_scale, fit_scale, refit, sample_columns
 
 INITIAL_HARDNESS = 2.0  # softmax sharpness before any Annealer sets it
 
@@ -31,12 +34,7 @@ _ZERO_LOG_SCALE = -200.0  # exp() of it is 0 in float32
 _MAX_LOG_SCALE = 80.0  # exp() of it is finite in float32
 _LOG_MU_RANGE = (-9.0, 9.0)  # mu from 1e-4 (uniform in effect) to 8e3
 _MU_GRID = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 31.0, 63.0, 127.0, 255.0)
-_FIT_ROWS = 64  # rows that choose mu
-_FIT_COLUMNS = 512  # columns that choose mu and each channel's scale at first; all columns decide
-_FIT_TENSOR_COLUMNS = 32768  # the same where one scale serves the whole tensor
-_FIT_STARTS = 8
-_TINY = torch.finfo(torch.float32).tiny
-_CHUNK = 1 << 20  # elements worked on at a time, to bound temporaries
+_MU_ROWS = 64  # rows that choose mu
 
 
 class FixedDtypeModule(nn.Module):
@@ -50,8 +48,85 @@ class FixedDtypeModule(nn.Module):
         return super()._apply(move, recurse)
 
 
-class WeightQuantizer(FixedDtypeModule):
-    """Quantizes one weight of shape (C, ...) in training, and holds what is learned about it.
+class Quantizer(FixedDtypeModule):
+    """Quantizes one weight of shape (C, ...) in training, by some method.
+
+    Args:
+        config: the settings.
+
+    Attributes:
+        reuses: whether what :meth:`forward` returns may be used again by later forward passes.
+        whole_weights: whether :meth:`update` or :meth:`penalty` read the weight, all of it.
+        trained: whether a training forward pass ran; tells apart weights that are read behind the quantizer's back.
+    """
+
+    reuses = False
+    whole_weights = False
+
+    def __init__(self, config: WeightConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trained = False
+
+    @staticmethod
+    def refuse(layer: nn.Module) -> str | None:
+        """Returns why the method cannot quantize a weight of ``layer``, or None if it can."""
+        return None
+
+    def scale(self) -> Tensor:
+        """Returns the scales, (C,) or (1,), float32, at least 0."""
+        raise NotImplementedError
+
+    def codebook(self) -> Tensor:
+        """Returns the codebook as deployed, (2**bits,), float32 values within [-1, 1]."""
+        raise NotImplementedError
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Returns the uint8 codes of ``weight``, same shape; a code stands for ``codebook()[code] * scale()``."""
+        raise NotImplementedError
+
+    def fit(self, weight: Tensor) -> None:
+        """Fits everything to ``weight``. Deterministic.
+
+        Raises:
+            ValueError: if ``weight`` is empty, holds NaN or infinity, or its dim 0 does not fit.
+        """
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns ``weight``, (C, ...) of a floating dtype, as layers compute with it, in ``dtype`` or else the same.
+
+        In ``eval`` that is exactly what :meth:`encode` would deploy.
+        """
+        raise NotImplementedError
+
+    def schedule(self, step: int, hardness: float) -> None:
+        """Sets what depends on the number of optimizer steps so far; may be called several times for one step."""
+
+    def update(self, weight: Tensor, step: int) -> None:
+        """Does what the method does after optimizer step number ``step``, from 1; called once for each."""
+
+    def penalty(self, weight: Tensor) -> Tensor | None:
+        """Returns what the method adds to the loss, (), or None."""
+        return None
+
+
+def quantizer_class(config: WeightConfig) -> type[Quantizer]:
+    """Returns the class of a configuration's quantizers; its constructor takes what :func:`quantizer_of` takes."""
+    if isinstance(config, GQConfig):
+        return WeightQuantizer
+    from gq_triton import baselines
+
+    return getattr(baselines, baselines.QUANTIZERS[config.method])
+
+
+def quantizer_of(config: WeightConfig, channels: int, device: torch.device | None = None) -> Quantizer:
+    """Returns a quantizer, yet to be fitted, for a weight of ``channels`` rows on ``device``."""
+    return quantizer_class(config)(config, channels, device)
+
+
+class WeightQuantizer(Quantizer):
+    """The General Quantizer of one weight of shape (C, ...), and what is learned about it.
 
     Args:
         config: the settings.
@@ -65,9 +140,9 @@ class WeightQuantizer(FixedDtypeModule):
         hardness: buffer, (), float32, set by :class:`gq_triton.Annealer`.
         learn_tables: whether training forward passes give centroids and mu a gradient, or zeros; set by
             :class:`gq_triton.Annealer` where ``config.centroid_interval`` asks for it.
-        trained: whether a training forward pass ran; tells apart weights that are read behind the quantizer's back.
     """
 
+    config: GQConfig
     log_scale: Tensor
     centroid_logits: Tensor
     log_mu: Tensor
@@ -75,8 +150,7 @@ class WeightQuantizer(FixedDtypeModule):
     hardness: Tensor
 
     def __init__(self, config: GQConfig, channels: int, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         scales = channels if config.granularity == "channel" else 1
         self.log_scale = nn.Parameter(torch.zeros(scales, device=device))
         self._register("centroid_logits", torch.zeros(2**config.bits - 1, device=device), config.learn_centroids)
@@ -84,7 +158,6 @@ class WeightQuantizer(FixedDtypeModule):
         self._register("log_mu" if config.learn_mu else "mu", mu.log() if config.learn_mu else mu, config.learn_mu)
         self.register_buffer("hardness", torch.tensor(INITIAL_HARDNESS, device=device))
         self.learn_tables = True
-        self.trained = False
         self._cache: tuple[Tensor, int, int] | None = None  # quantized weight, weight version, updates since
 
     def _register(self, name: str, value: Tensor, learned: bool) -> None:
@@ -102,9 +175,12 @@ class WeightQuantizer(FixedDtypeModule):
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    @property
+    def reuses(self) -> bool:  # type: ignore[override]
+        return self.config.requantize_every > 1
+
     def scale(self) -> Tensor:
-        """Returns the scales, (C,) or (1,), float32, at least 0."""
-        return _scale(self.log_scale)
+        return from_log_scale(self.log_scale)
 
     def centroids(self) -> Tensor:
         """Returns the companded centroids, (2**bits,), float32, strictly increasing from exactly -1 to exactly 1."""
@@ -115,7 +191,6 @@ class WeightQuantizer(FixedDtypeModule):
         return _companding([self])
 
     def codebook(self) -> Tensor:
-        """Returns the codebook as deployed, (2**bits,), float32 values within [-1, 1]."""
         return F.codebook(self.centroids(), mu=self.companding(), dtype=self.config.codebook)
 
     def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -125,7 +200,7 @@ class WeightQuantizer(FixedDtypeModule):
         training, n - 1 of n updates of the weight are answered with the last quantized weight and an identity gradient.
         (The remembered weight is not part of the state dict: a resumed run starts with a fresh one.)
         """
-        if self.training and self.config.requantize_every > 1:
+        if self.training and self.reuses:
             return self._quantize_periodically(weight)
         return self.remember(weight, quantize_group([self], [weight], dtype)[0])
 
@@ -141,7 +216,7 @@ class WeightQuantizer(FixedDtypeModule):
 
     def due(self, weight: Tensor) -> bool:
         """Whether :meth:`forward` quantizes ``weight`` afresh, rather than reuse what it remembers."""
-        if not self.training or self.config.requantize_every == 1:
+        if not (self.training and self.reuses):
             return True
         return self._updates(weight) in (0, self.config.requantize_every)
 
@@ -156,88 +231,53 @@ class WeightQuantizer(FixedDtypeModule):
         """Takes note that ``weight`` was quantized afresh, by whomever; returns ``quantized``."""
         if self.training:
             self.trained = True
-            if self.config.requantize_every > 1:
+            if self.reuses:
                 self._cache = (quantized.detach(), weight._version, 0)
         return quantized
 
+    def schedule(self, step: int, hardness: float) -> None:
+        self.hardness.fill_(hardness)
+        self.learn_tables = step % self.config.centroid_interval == 0
+
     @torch.no_grad()
     def encode(self, weight: Tensor) -> Tensor:
-        """Returns the uint8 codes of ``weight``, same shape; a code stands for ``codebook()[code] * scale()``."""
         return F.encode(weight, self.scale(), self.centroids(), mu=self.companding())
 
     @torch.no_grad()
     def fit(self, weight: Tensor) -> None:
         """Fits scales, and mu where the configuration leaves it open, to ``weight`` by least squares; resets centroids.
 
-        Deterministic. A channel's scale is the best of a few between the mean and the largest magnitude, each replaced
-        by the closed-form optimum for the codes that it leads to; mu is the best of a small grid on a sample.
+        mu is the best of a small grid on a sample; scales are as :func:`gq_triton.fitting.fit_scale` finds them.
 
         Raises:
             ValueError: if ``weight`` is empty, holds NaN or infinity, or its dim 0 does not fit.
         """
-        if weight.numel() == 0:
-            raise ValueError(f"weight must not be empty; its shape is {tuple(weight.shape)}")
-        per_tensor = self.config.granularity == "tensor"
-        rows = weight.detach().reshape(1 if per_tensor else len(weight), -1)
-        if len(rows) != len(self.log_scale):
-            raise ValueError(f"weight has {len(rows)} channels where the quantizer has {len(self.log_scale)}")
-        if not rows.isfinite().all():
-            raise ValueError("weight must be finite; it holds NaN or infinity")
+        rows = checked_rows(weight, len(self.log_scale), self.config.granularity == "tensor")
         self._cache = None
         self.centroid_logits.zero_()
-        sample = _sample_columns(rows, _FIT_TENSOR_COLUMNS if per_tensor else _FIT_COLUMNS)
-        mu = self._fit_mu(sample) if self.config.mu is None else float(self.config.mu)
+        mu = self._fit_mu(sample_columns(rows)) if self.config.mu is None else float(self.config.mu)
         if self.config.learn_mu:
             self.log_mu.fill_(math.log(max(mu, 0.1)))
         else:
             self.mu.fill_(mu)
-        step = max(1, _CHUNK // rows.shape[1])
-        chunks = zip(sample.split(step), rows.split(step), strict=True)
-        scale = torch.cat([self._fit_scale(*chunk) for chunk in chunks])
-        self.log_scale.copy_(scale.log().clamp(min=_ZERO_LOG_SCALE))
+        self.log_scale.copy_(to_log_scale(fit_scale(rows, self._grid(float(self.companding())))))
 
     def _fit_mu(self, sample: Tensor) -> float:
         if self.config.bits == 1:
             return 0.0  # two centroids sit at the ends: mu changes nothing
-        chosen = torch.linspace(0, len(sample) - 1, min(_FIT_ROWS, len(sample)), device=sample.device).long()
+        chosen = torch.linspace(0, len(sample) - 1, min(_MU_ROWS, len(sample)), device=sample.device).long()
         sample = sample[chosen].float()
-        sample = sample / sample.abs().amax().clamp(min=_TINY)  # squares of any finite weight now stay in range
-        largest = sample.abs().amax(1)
+        sample = sample / sample.abs().amax().clamp(min=TINY)  # squares of any finite weight now stay in range
+        mean, largest = sample.abs().mean(1), sample.abs().amax(1)
         errors = []
         for mu in _MU_GRID:
-            scale = self._coarse_scale(sample, sample.abs().mean(1), largest, mu)
-            errors.append(self._refit(sample, scale, mu)[1].sum())
+            grid = self._grid(mu)
+            errors.append(refit(sample, coarse_scale(sample, mean, largest, grid), grid)[1].sum())
         return _MU_GRID[int(torch.stack(errors).argmin())]
 
-    def _fit_scale(self, sample: Tensor, rows: Tensor) -> Tensor:
-        mu = float(self.companding())
-        rows = rows.float()
-        unit = rows.abs().amax(1, keepdim=True).clamp(min=_TINY)
-        rows, sample = rows / unit, sample.float() / unit
-        largest = rows.abs().amax(1)
-        coarse = self._coarse_scale(sample, rows.abs().mean(1), largest, mu)
-        # A sample misses the few largest weights, and clipping those is what matters at many bits.
-        return unit.squeeze(1) * self._best_scale(rows, [coarse, (coarse * largest).sqrt(), largest], mu)
-
-    def _coarse_scale(self, sample: Tensor, mean: Tensor, largest: Tensor, mu: float) -> Tensor:
-        shares = torch.linspace(0, 1, _FIT_STARTS).tolist()
-        return self._best_scale(sample, [mean ** (1 - share) * largest**share for share in shares], mu)
-
-    def _best_scale(self, rows: Tensor, starts: list[Tensor], mu: float) -> Tensor:
-        """Refits each start and returns, per row, the scale with the least squared error."""
-        scales, errors = zip(*(self._refit(rows, start, mu) for start in starts), strict=True)
-        best = torch.stack(errors).argmin(0, keepdim=True)
-        return torch.stack(scales).gather(0, best).squeeze(0)
-
-    def _refit(self, rows: Tensor, scale: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-        """Assigns with ``scale`` and returns the scale that then fits best, with its squared error, both per row."""
+    def _grid(self, mu: float) -> Grid:
         centroids = self.centroids()
-        values = F.codebook(centroids, mu=mu, dtype=self.config.codebook)
-        decoded = values[F.encode(rows, scale, centroids, mu=mu).int()]
-        correlation = (rows * decoded).sum(1)
-        energy = (decoded * decoded).sum(1).clamp(min=_TINY)
-        error = (rows * rows).sum(1) - correlation * correlation / energy
-        return (correlation / energy).clamp(min=0.0), error
+        return Grid(centroids, mu, F.codebook(centroids, mu=mu, dtype=self.config.codebook))
 
     def extra_repr(self) -> str:
         return f"bits={self.config.bits}, granularity={self.config.granularity!r}, forward={self.config.forward!r}"
@@ -264,7 +304,7 @@ def quantize_group(
             "them, leave its param_dtype None and train under torch.autocast: the weights are then quantized first"
         )
     logits = torch.stack([quantizer.centroid_logits for quantizer in quantizers])
-    scale, mu = _scale(log_scale), _companding(quantizers)
+    scale, mu = from_log_scale(log_scale), _companding(quantizers)
     learn_tables = quantizers[0].learn_tables
     if not learn_tables:
         scale = scale + _nothing_of(logits) + _nothing_of(mu)  # zero gradients rather than none, for DDP
@@ -283,8 +323,14 @@ def quantize_group(
     )
 
 
-def _scale(log_scale: Tensor) -> Tensor:
+def from_log_scale(log_scale: Tensor) -> Tensor:
+    """Returns the scales of their logarithms, finite whatever these are."""
     return log_scale.double().clamp(max=_MAX_LOG_SCALE).exp().float()
+
+
+def to_log_scale(scale: Tensor) -> Tensor:
+    """The inverse of :func:`from_log_scale`, also for 0."""
+    return scale.log().clamp(min=_ZERO_LOG_SCALE)
 
 
 def _centroids(logits: Tensor) -> Tensor:
@@ -309,24 +355,22 @@ def _nothing_of(tensor: Tensor) -> Tensor:
     return tensor[:0].sum()
 
 
-def warn_of_bypassed(model: nn.Module) -> None:
-    """Warns of quantizers that never ran in training although others did: something may read their weights directly."""
-    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, WeightQuantizer)}
+def warn_of_bypassed(model: nn.Module, learning: bool = False) -> None:
+    """Warns of quantizers that never ran in training although others did: something may read their weights directly.
+
+    With ``learning``, only of those whose weights have a gradient: layers may be skipped at times, as by LayerDrop.
+    """
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
     if not any(quantizer.trained for quantizer in quantizers.values()):
         return
-    bypassed = [name for name, module in quantizers.items() if module.log_scale.requires_grad and not module.trained]
+    unused = [name.removesuffix("_quantizer") for name, quantizer in quantizers.items() if not quantizer.trained]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    bypassed = [name for name in unused if name in parameters and parameters[name].requires_grad]
+    bypassed = [name for name in bypassed if parameters[name].grad is not None or not learning]
     if bypassed:
-        names = ", ".join(name.removesuffix("_quantizer") for name in bypassed)
         warnings.warn(
-            f"{names}: trained without its layer being called. If another module reads this weight, it reads it "
-            "unquantized: call the layer there, or leave it float by a None configuration",
+            f"{', '.join(bypassed)}: trained without its layer being called. If something reads this weight, it reads "
+            "it unquantized: call the layer there, or leave it float by a None configuration",
             UserWarning,
             stacklevel=3,
         )
-
-
-def _sample_columns(rows: Tensor, columns: int) -> Tensor:
-    if rows.shape[1] <= columns:
-        return rows
-    chosen = torch.randint(rows.shape[1], (columns,), generator=torch.Generator().manual_seed(0))
-    return rows[:, chosen.to(rows.device)]

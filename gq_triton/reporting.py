@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.config import GQConfig
 from gq_triton.layers import PackedWeight, QATLayer
-from gq_triton.layers.packed_weight import finite_or_none, packed_layout, sqnr_db
-from gq_triton.quantizer import WeightQuantizer
+from gq_triton.layers.packed_weight import finite_or_none, packed_size, sqnr_db
+from gq_triton.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def report(model: nn.Module) -> Report:
 def _rows(model: nn.Module) -> Iterator[Row]:
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, WeightQuantizer):
+        if isinstance(module, Quantizer):
             continue  # counted with its weight
         if isinstance(module, PackedWeight):
             yield _packed_row(name.removesuffix("_packed"), module)
@@ -117,7 +116,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             weight = getattr(module, weight_name)
             if _first_time(weight, seen):
                 pieces = module.split(weight_name, len(weight)).values()
-                packed = sum(_packed_bytes(quantizer.config, weight[rows].shape) for rows in pieces)
+                packed = sum(packed_size(quantizer.config, weight[rows].shape) for rows in pieces)
                 yield _prepared_row(f"{name}.{weight_name}".lstrip("."), weight, quantizer, packed)
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         rest = [tensor for tensor in own if _first_time(tensor, seen)]
@@ -133,16 +132,12 @@ def _first_time(tensor: Tensor, seen: set[int]) -> bool:
 
 def _packed_row(name: str, packed: PackedWeight) -> Row:
     size = sum(buffer.nbytes for buffer in packed.buffers())
-    canonical = _packed_bytes(packed.config, packed.shape)
+    canonical = packed_size(packed.config, packed.shape)
     dense = 0 if packed.dense is None else packed.dense.nbytes
     return Row(name, packed.config.bits, packed.shape.numel(), size, canonical, packed.sqnr_db, dense)
 
 
-def _packed_bytes(config: GQConfig, shape: torch.Size) -> int:
-    return sum(dtype.itemsize * size[0] for size, dtype in packed_layout(config, shape).values())
-
-
-def _prepared_row(name: str, weight: Tensor, quantizer: WeightQuantizer, packed: int) -> Row:
+def _prepared_row(name: str, weight: Tensor, quantizer: Quantizer, packed: int) -> Row:
     own = [weight, *quantizer.parameters(), *quantizer.buffers()]
     was_training = quantizer.training
     quality = sqnr_db(weight, quantizer.eval()(weight))
@@ -151,9 +146,15 @@ def _prepared_row(name: str, weight: Tensor, quantizer: WeightQuantizer, packed:
 
 
 def _float_row(name: str, tensors: list[Tensor]) -> Row:
-    size = sum(tensor.nbytes for tensor in tensors)
+    size = sum(map(_bytes, tensors))
     count = sum(tensor.numel() for tensor in tensors)
     return Row(name or "(model)", 8 * max(tensor.itemsize for tensor in tensors), count, size, size, None)
+
+
+def _bytes(tensor: Tensor) -> int:
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    return tensor.nbytes
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -222,8 +222,8 @@ class TwoSteps(nn.Module):
 def change(name):
     def update(model):
         with torch.no_grad():
-            tensor = model.get_parameter(name) if "hardness" not in name else model.get_buffer(name)
-            tensor.mul_(1.5)
+            state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            state[name].mul_(1.5)
 
     return update
 
@@ -237,7 +237,7 @@ def change(name):
         change("blocks.1.first.weight_quantizer.centroid_logits"),
         change("blocks.1.first.weight_quantizer.hardness"),
         lambda model: model.blocks[1].eval(),
-        lambda model: setattr(model.outlet, "weight", nn.Parameter(model.outlet.weight.detach() * 2)),
+        lambda model: setattr(model.outlet, "weight", nn.Parameter(model.outlet._parameters["weight"].detach() * 2)),
     ],
 )
 def test_backward_and_updates_within_a_call(update):
@@ -331,7 +331,7 @@ class Changing(nn.Module):
         x = self.stack.blocks[0](self.stack.inlet(x))
         self.change(self.stack)
         x = self.stack.blocks[2](self.stack.blocks[1](x))
-        x = self.stack.outlet(x.to(self.stack.outlet.weight.dtype))
+        x = self.stack.outlet(x.to(self.stack.outlet.bias.dtype))
         self.undo(self.stack)
         return x
 
@@ -379,7 +379,10 @@ def test_requires_grad_toggled_within_a_call(size, name, at_first, monkeypatch):
     monkeypatch.setattr(grouping, "GROUP_BYTES", size)
 
     def toggle(learned):
-        return lambda stack: getattr(stack.blocks[2].second, name).requires_grad_(learned)
+        return lambda stack: members(stack.blocks[2].second)[name].requires_grad_(learned)
+
+    def members(layer):
+        return {**dict(layer.named_parameters()), **dict(layer.named_children())}
 
     model = Changing(toggle(not at_first), toggle(at_first))
     toggle(at_first)(prepared(model).stack)

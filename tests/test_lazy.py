@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import gq_triton
-from gq_triton import models
+from gq_triton import baselines, models
 from gq_triton._lazy import lazy
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_FREE = [
     "gq_triton",
+    "gq_triton.baselines.config",
     "gq_triton.config",
     "gq_triton.kernels",
     "gq_triton.kernels.native",
@@ -28,7 +29,7 @@ TORCH_FREE = [
 ]
 
 
-@pytest.mark.parametrize("package", [gq_triton, models])
+@pytest.mark.parametrize("package", [gq_triton, baselines, models])
 def test_every_public_name_is_there(package):
     assert set(package.__all__) <= set(dir(package))
     for name in package.__all__:
@@ -44,7 +45,7 @@ def test_a_public_name_is_looked_up_once():
 def test_names_that_are_modules_stay_functions_after_their_module_is_imported():
     """A submodule hides a lazy name that it shares: none may."""
     folder = Path(gq_triton.__file__).parent
-    modules = {path.stem for path in folder.iterdir()} - {"functional"}
+    modules = {path.stem for path in folder.iterdir()} - {"baselines", "functional"}
     assert modules.isdisjoint(gq_triton.__all__)
 
 

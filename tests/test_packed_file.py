@@ -235,7 +235,7 @@ def test_models_with_more_or_less(saved):
     refused(saved, r"lacks tensors that the model has: extra\.bias, extra\.weight", more)
     del less.norm
     refused(saved, "tensors that the model has not: norm", less)
-    nn.utils.parametrizations.weight_norm(subclass.conv)
+    nn.utils.parametrizations.orthogonal(subclass.conv)
     refused(saved, "packed weights that the model has not: conv.weight", subclass)
 
 

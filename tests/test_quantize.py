@@ -5,6 +5,7 @@ import pytest
 import torch
 from quantized import convert, hard_weights, packed_weights, prepare, same
 from torch import nn
+from torch.nn.utils import prune
 
 import gq_triton as gq
 from gq_triton.layers import PackedLinear, QATLinear, QATMultiheadAttention
@@ -260,28 +261,24 @@ def test_layers_that_are_quantized_already():
 
 def test_parametrized_layers():
     model = Model()
-    nn.utils.parametrizations.weight_norm(model.head)
+    nn.utils.parametrizations.orthogonal(model.head)
     refused(model, r"head\.weight cannot be quantized: its layer is parametrized")
     gq.quantize_(model, {"head": None, "*": gq.GQConfig()})
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_weight_normed_layers():
+def test_pruned_layers():
     model = Model()
-    nn.utils.weight_norm(model.head)
+    prune.l1_unstructured(model.head, "weight", 0.5)
     refused(model, "it is not a parameter but computed")
 
 
-def test_subclasses_with_a_forward_of_their_own():
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model = nn.Sequential(nn.Linear(3, 3), Scaled(3, 3))
-    refused(model, r"1\.weight cannot be quantized: its layer is a Scaled")
-    refused(model, "put {'1.weight': None} before")
-    gq.quantize_(model, {"1.weight": None, "*": gq.GQConfig()})
-    assert set(quantizers(model)) == {"0.weight"}
+def test_an_error_names_every_weight_and_the_pattern_for_it():
+    model = Model()
+    nn.utils.parametrizations.orthogonal(model.head)
+    model.embedding.max_norm = 1.0
+    message = r"embedding\.weight cannot .*max_norm.*; head\.weight cannot .*parametrized.*"
+    refused(model, message + r"put \{'embedding\.weight': None, 'head\.weight': None\} before")
+    gq.quantize_(model, {"embedding.weight": None, "head.weight": None, "*": gq.GQConfig()})
 
 
 def test_lazy_layers():
@@ -339,21 +336,30 @@ def test_nothing_to_convert(model):
 # --- weights that are read without a call
 
 
-class Reader(Model):
+class Encoder(Model):
     def forward(self, index):
-        return self.encoder(self.embedding(index))[0] @ self.head.weight.T
+        return self.encoder(self.embedding(index))[0]
 
 
 def test_training_past_a_quantizer_is_warned_of():
-    model = gq.quantize_(Reader(), gq.GQConfig())
+    model = gq.quantize_(Encoder(), gq.GQConfig())
     annealer = gq.Annealer(model, 10)
-    model(INDEX).sum().backward()
+    (model(INDEX) @ model.head.weight.T).sum().backward()
     with pytest.warns(UserWarning, match=r"^head\.weight: trained without its layer being called"):
         annealer.step()
     with pytest.warns(UserWarning, match=r"^head\.weight: trained without"):
         gq.quantize_(model, step="convert")
-    with pytest.raises(AttributeError, match="is packed and cannot be read"):
-        model(INDEX)
+
+
+def test_layers_that_are_skipped_are_warned_of_at_the_end_only():
+    model = gq.quantize_(Encoder(), gq.GQConfig())
+    annealer = gq.Annealer(model, 10)
+    model(INDEX).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        annealer.step()
+    with pytest.warns(UserWarning, match=r"^head\.weight: trained without"):
+        gq.quantize_(model, step="convert")
 
 
 def test_no_warning_where_all_layers_ran_or_none_did():

@@ -129,7 +129,7 @@ def test_fit_is_deterministic_and_follows_the_weights_magnitude():
 def test_fit_in_pieces_equals_fit_of_each_row(monkeypatch):
     weight = torch.randn(7, 130)
     whole = fitted(weight, mu=3.0).log_scale
-    monkeypatch.setattr("gq_triton.quantizer._CHUNK", 300)
+    monkeypatch.setattr("gq_triton.fitting._CHUNK", 300)
     assert torch.equal(fitted(weight, mu=3.0).log_scale, whole)
     rows = torch.cat([fitted(row[None], mu=3.0).log_scale for row in weight])
     torch.testing.assert_close(rows, whole, rtol=1e-5, atol=1e-6)

@@ -38,6 +38,14 @@ def test_float_models():
     assert all(row.sqnr_db is None for row in report.rows)
 
 
+def test_sparse_buffers():
+    layer = nn.Linear(2, 2, bias=False)
+    layer.register_buffer("mask", torch.eye(100, dtype=torch.bool).to_sparse())
+    report = gq.report(layer)
+    assert report.bytes == 4 * 4 + 100 * (2 * 8 + 1)  # indices, values
+    assert report.parameters == 4 + 10_000
+
+
 def test_packed_models_are_counted_as_they_lie_in_memory():
     packed = convert(quantized())
     report = gq.report(packed)

@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from gq_triton.layers.attention import PackedMultiheadAttention, QATMultiheadAttention
 from gq_triton.layers.base import PackedLayer, QATLayer
@@ -12,6 +14,7 @@ from gq_triton.layers.embedding import PackedEmbedding, QATEmbedding
 from gq_triton.layers.linear import PackedLinear, QATLinear
 from gq_triton.layers.packed_weight import PackedWeight
 from gq_triton.layers.recurrent import QATGRU, QATLSTM, PackedGRU, PackedLSTM
+from gq_triton.layers.subclass import clashes, original, twin_of_subclass
 
 
 class Twins(NamedTuple):
@@ -35,19 +38,37 @@ _BY_TYPE = {
     NonDynamicallyQuantizableLinear: _TWINS[nn.Linear],  # nn.MultiheadAttention's out_proj
     **{twin: twins for twins in _TWINS.values() for twin in twins},
 }
+_EXTENSIBLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)  # whose subclasses have twins, too
 
 
 def twins_of(layer: nn.Module) -> Twins | None:
-    """Returns the quantized forms of a layer, which may be one of them already; None for any other type.
-
-    A subclass of a supported torch layer is another type: its own forward would be lost.
-    """
-    return _BY_TYPE.get(type(layer))
+    """Returns the quantized forms of a layer, which may be one of them already; None for any other type."""
+    kind = original(type_before_parametrizations(layer))
+    if kind in _BY_TYPE or objection_to_class(layer) is not None:
+        return _BY_TYPE.get(kind)
+    return Twins(*(twin_of_subclass(kind, twin) for twin in _TWINS[_base(layer)]))
 
 
 def family_of(layer: nn.Module) -> Twins | None:
     """Returns the quantized forms of the supported torch layer that ``layer`` is, was or derives from, or None."""
-    return twins_of(layer) or next((twins for base, twins in _TWINS.items() if isinstance(layer, base)), None)
+    return _BY_TYPE.get(type(layer)) or _TWINS.get(_base(layer))
+
+
+def objection_to_class(layer: nn.Module) -> str | None:
+    """Returns why layers of ``layer``'s class, which is none of torch's, have no quantized forms, or None."""
+    kind, base = original(type_before_parametrizations(layer)), _base(layer)
+    if isinstance(layer, LazyModuleMixin):
+        return f"its layer is a {kind.__name__}, which has no weight before its first call"
+    if base not in _EXTENSIBLE:
+        return f"its layer is a {kind.__name__}; of such layers, only torch's own classes can be quantized"
+    if taken := clashes(layer, base, _TWINS[base]):
+        return f"its layer, a {kind.__name__}, has members that the quantized layer needs itself: {sorted(taken)}"
+    return None
+
+
+def _base(layer: nn.Module) -> type[nn.Module]:
+    """Returns the supported torch layer that ``layer`` derives from; ``nn.Module`` if there is none."""
+    return next((base for base in _TWINS if isinstance(layer, base)), nn.Module)
 
 
 __all__ = [
@@ -70,5 +91,6 @@ __all__ = [
     "QATMultiheadAttention",
     "Twins",
     "family_of",
+    "objection_to_class",
     "twins_of",
 ]

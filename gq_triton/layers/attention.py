@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, pad, scaled_dot_product_attention
 
-from gq_triton.layers.base import PackedLayer, QATLayer, QuantizableLayer
+from gq_triton.layers.base import PackedLayer, QATLayer, QuantizableLayer, ReadWeight
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -57,13 +57,14 @@ class _Attention(QuantizableLayer):
         mask = self._mask(attn_mask, key_padding_mask, q, k.shape[1] - appended, appended)
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         heads, weights = self._attend(q, k, v, mask, need_weights)
-        output = self.out_proj(heads.transpose(1, 2).flatten(2))
+        heads = heads.transpose(1, 2) if self.batch_first or not batched else heads.permute(2, 0, 1, 3)
+        output = self.out_proj(heads.flatten(2))
 
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (output if self.batch_first else output.transpose(0, 1)), weights
+        return output, weights
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Appends the learned and the zero position to keys and values, (B, S, E); also returns how many."""
@@ -108,6 +109,7 @@ class QATMultiheadAttention(_Attention, QATLayer, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` that computes with quantized projections."""
 
     autocasts = True
+    in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = (ReadWeight() for _ in range(4))
 
     def _projections(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         names = self.weight_names(self)

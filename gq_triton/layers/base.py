@@ -7,6 +7,9 @@ second name for a shared module, or the caller who quantizes one lone layer, kee
 ``QATLinear.weight`` remains the trained float parameter, under its old name; its quantizer is the sub-module
 ``weight_quantizer``. ``PackedLinear`` has ``weight_packed`` instead of both. Layers with several weights have a
 sub-module per weight: ``weight_ih_l0_quantizer``, ``in_proj_weight_packed``, ...
+
+Some modules read another layer's ``weight`` and compute with it, without a call of that layer. While they run they find
+it as it is deployed: quantized in a prepared layer (:class:`ReadWeight`), decoded at every read in a packed one.
 """
 
 from typing import Any, TypeVar
@@ -19,7 +22,7 @@ from gq_triton import functional as F
 from gq_triton import grouping
 from gq_triton.kernels.packed_linear import prefers_dense
 from gq_triton.layers.packed_weight import PackedWeight
-from gq_triton.quantizer import WeightQuantizer
+from gq_triton.quantizer import Quantizer
 
 Child = TypeVar("Child", bound=nn.Module)
 
@@ -48,18 +51,36 @@ class QuantizableLayer(nn.Module):
         return {name: slice(0, rows)}
 
 
+class ReadWeight:
+    """``weight`` of a prepared layer, read as an attribute: the trained parameter or, to modules that compute with it
+    instead of calling the layer, the quantized weight."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: nn.Module | None, owner: type) -> Any:
+        return self if layer is None else grouping.read(layer, self.name)
+
+    def __set__(self, layer: nn.Module, value: object) -> None:  # of what is no parameter: as replicas and pruning do
+        vars(layer)[self.name] = value
+
+    def __delete__(self, layer: nn.Module) -> None:
+        del vars(layer)[self.name]
+
+
 class QATLayer(QuantizableLayer):
     """A layer in quantization-aware training: float parameters, and a quantizer beside each quantized one."""
 
     autocasts = False  # whether autocast casts this kind of layer's weights
+    may_read = False  # whether a forward of its own may read the weight as an attribute
 
-    def attach(self, name: str, quantizer: WeightQuantizer) -> None:
+    def attach(self, name: str, quantizer: Quantizer) -> None:
         """Gives weight ``name`` its quantizer."""
         self.add_module(f"{name}_quantizer", quantizer)
 
-    def quantizers(self) -> dict[str, WeightQuantizer]:
+    def quantizers(self) -> dict[str, Quantizer]:
         """Returns the quantizers by name of the weight; weights without one are computed with as they are."""
-        return _children(self, WeightQuantizer, "_quantizer")
+        return _children(self, Quantizer, "_quantizer")
 
     def quantized(self, name: str) -> Tensor:
         """Returns weight ``name`` as the layer computes with it."""
@@ -89,6 +110,7 @@ class PackedLayer(QuantizableLayer):
     :func:`gq_triton.allow_dense` makes. For inference."""
 
     uses_dense = True  # whether dense copies are of use to this kind of layer
+    readable = True  # whether weights are decoded where something reads them as attributes
 
     def attach(self, name: str, pieces: dict[str, PackedWeight]) -> None:
         """Replaces weight ``name``, and its quantizer if it has one, by its packed pieces."""
@@ -138,13 +160,13 @@ class PackedLayer(QuantizableLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            pieces = [f"{piece}_packed" for piece in self.split(name, 0)]
-            if not set(pieces) <= self.__dict__.get("_modules", {}).keys():
+            pieces = self.split(name, 0)
+            if not {f"{piece}_packed" for piece in pieces} <= self.__dict__.get("_modules", {}).keys():
                 raise
-        raise AttributeError(
-            f"{type(self).__name__}.{name} is packed and cannot be read as a tensor: call the layer, or decode "
-            f"{' and '.join(pieces)}"
-        )
+        if not self.readable:
+            raise AttributeError(f"{type(self).__name__}.{name} is packed and cannot be read: decode {name}_packed")
+        decoded = [self.decoded(piece) for piece in pieces]
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
 
 def _children(layer: nn.Module, kind: type[Child], suffix: str) -> dict[str, Child]:

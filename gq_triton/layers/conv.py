@@ -4,14 +4,14 @@ Activations, where quantized, are scaled per position, over the channels.
 
 Packed pointwise convolutions run as linear layers, and depthwise ones over time as an operator of their own: neither
 holds its weight as floats. All other packed convolutions decode theirs once per call. The outputs of the first two have
-channels adjacent in memory, the second's only where its inputs have: use ``reshape`` on them rather than ``view``.
+channels adjacent in memory where their inputs have: use ``reshape`` on those rather than ``view``.
 """
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from gq_triton import functional as F
-from gq_triton.layers.base import PackedLayer, QATLayer, autocast
+from gq_triton.layers.base import PackedLayer, QATLayer, ReadWeight, autocast
 from gq_triton.layers.packed_weight import PackedWeight
 
 
@@ -27,15 +27,22 @@ def _is_pointwise(layer: nn.Conv1d | nn.Conv2d) -> bool:
     return {*layer.kernel_size, *layer.stride, layer.groups} == {1} and not padded
 
 
+def _is_plain(layer: nn.Conv1d | nn.Conv2d) -> bool:
+    """Whether no subclass has changed how a convolution is computed."""
+    return type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward)
+
+
 def _pointwise(layer: PackedLayer, input: Tensor, spatial_dims: int) -> Tensor:
     channel = -1 - spatial_dims
-    return layer.linear(input.movedim(channel, -1), "weight", layer.bias).movedim(-1, channel)
+    output = layer.linear(input.movedim(channel, -1), "weight", layer.bias).movedim(-1, channel)
+    return output.contiguous() if input.is_contiguous() else output
 
 
 class QATConv1d(QATLayer, nn.Conv1d):
     """``nn.Conv1d`` that computes with the quantized weight, (out_channels, in_channels / groups, kernel)."""
 
     autocasts = True
+    weight = ReadWeight()
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, in_channels, L) or (in_channels, L) to as many outputs as ``nn.Conv1d`` does."""
@@ -47,10 +54,11 @@ class PackedConv1d(PackedLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, in_channels, L) or (in_channels, L) to as many outputs as ``nn.Conv1d`` does."""
-        if _is_pointwise(self):
+        plain = _is_plain(self)
+        if plain and _is_pointwise(self):
             return _pointwise(self, input, 1)
         input = _channels_last(self, input, 1)
-        if self.groups == self.in_channels and self.weight_packed.dense is None:
+        if plain and self.groups == self.in_channels and self.weight_packed.dense is None:
             return self._depthwise(input)
         return self._conv_forward(input, self.decoded("weight"), self.bias)
 
@@ -87,6 +95,7 @@ class QATConv2d(QATLayer, nn.Conv2d):
     """``nn.Conv2d`` that computes with the quantized weight, (out_channels, in_channels / groups, height, width)."""
 
     autocasts = True
+    weight = ReadWeight()
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) or (in_channels, H, W) to as many outputs as ``nn.Conv2d`` does."""
@@ -98,6 +107,6 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) or (in_channels, H, W) to as many outputs as ``nn.Conv2d`` does."""
-        if _is_pointwise(self):
+        if _is_plain(self) and _is_pointwise(self):
             return _pointwise(self, input, 2)
         return self._conv_forward(_channels_last(self, input, 2), self.decoded("weight"), self.bias)

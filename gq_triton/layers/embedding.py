@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from gq_triton import functional as F
-from gq_triton.layers.base import PackedLayer, QATLayer, QuantizableLayer
+from gq_triton.layers.base import PackedLayer, QATLayer, QuantizableLayer, ReadWeight
 
 
 class _Embedding(QuantizableLayer):
@@ -23,6 +23,8 @@ class _Embedding(QuantizableLayer):
 
 class QATEmbedding(_Embedding, QATLayer, nn.Embedding):
     """``nn.Embedding`` that looks up rows of the quantized weight, (num_embeddings, embedding_dim)."""
+
+    weight = ReadWeight()
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps integer indices (...) to (..., embedding_dim)."""

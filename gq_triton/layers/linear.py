@@ -3,13 +3,14 @@
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from gq_triton.layers.base import PackedLayer, QATLayer
+from gq_triton.layers.base import PackedLayer, QATLayer, ReadWeight
 
 
 class QATLinear(QATLayer, nn.Linear):
     """``nn.Linear`` that computes with the quantized weight, (out_features, in_features)."""
 
     autocasts = True
+    weight = ReadWeight()
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gq_triton import functional as F
-from gq_triton.config import GQConfig
+from gq_triton.config import WeightConfig
 from gq_triton.kernels.layouts import convert, layout_for
 from gq_triton.kernels.packing import packed_bytes
 from gq_triton.kernels.tables import CODEBOOK_SCALES
-from gq_triton.quantizer import FixedDtypeModule, WeightQuantizer
+from gq_triton.quantizer import FixedDtypeModule, Quantizer
 
 _CODEBOOK_DTYPES = {"float": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -49,7 +49,7 @@ class PackedWeight(FixedDtypeModule):
 
     def __init__(
         self,
-        config: GQConfig,
+        config: WeightConfig,
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device | None = None,
@@ -139,7 +139,7 @@ class PackedWeight(FixedDtypeModule):
     @classmethod
     @torch.no_grad()
     def from_quantizer(
-        cls, quantizer: WeightQuantizer, weight: Tensor, rows: slice = slice(None), groups: int = 1
+        cls, quantizer: Quantizer, weight: Tensor, rows: slice = slice(None), groups: int = 1
     ) -> "PackedWeight":
         """Packs ``rows`` of ``weight``, exactly as ``quantizer`` in ``eval`` quantizes it.
 
@@ -150,8 +150,8 @@ class PackedWeight(FixedDtypeModule):
             raise ValueError("weight is torch.float64, which cannot be packed: call model.float() first")
         config, part = quantizer.config, weight[rows]
         packed = cls(config, part.shape, weight.dtype, weight.device, groups)
-        scale, codebook = quantizer.scale(), quantizer.codebook()
-        codes, codebook = quantizer.encode(weight)[rows], codebook * CODEBOOK_SCALES.get(packed.codebook.dtype, 1.0)
+        codes, scale = quantizer.encode(weight)[rows], quantizer.scale()  # in this order: a scale may follow the weight
+        codebook = quantizer.codebook() * CODEBOOK_SCALES.get(packed.codebook.dtype, 1.0)
         if config.codebook == "int8":  # the first of equal entries, as which panels of 8 bits return to planes
             codebook = codebook.round()
             codes = torch.searchsorted(codebook, codebook).to(torch.uint8)[codes.int()]
@@ -188,13 +188,18 @@ def _matrix(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape[1:].numel()
 
 
-def packed_layout(config: GQConfig, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def packed_layout(config: WeightConfig, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Returns the shape and dtype of each of a packed weight's tensors in a state dict, by name."""
     return {
         "codes": ((packed_bytes(shape.numel(), config.bits),), torch.uint8),
         "codebook": ((2**config.bits,), _CODEBOOK_DTYPES[config.codebook]),
         "scale": ((shape[0] if config.granularity == "channel" else 1,), torch.float32),
     }
+
+
+def packed_size(config: WeightConfig, shape: torch.Size) -> int:
+    """Returns the bytes of a packed weight's tensors in a state dict."""
+    return sum(dtype.itemsize * size[0] for size, dtype in packed_layout(config, shape).values())
 
 
 def finite_or_none(value: object) -> float | None:

@@ -13,7 +13,6 @@ Packed layers run one operator per layer and direction; where a weight of it is 
 and torch's kernel runs or, with quantized activations, a loop over the steps.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -44,8 +43,9 @@ class _QATRecurrent(_Recurrent, QATLayer):
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """Takes and returns what the torch layer does."""
         # nn.LSTM computes with the list _flat_weights. A shallow copy gets its own, so that the layer itself is
-        # left alone, also when several threads share it.
-        runner = copy.copy(self)
+        # left alone, also when several threads share it. (Not by copy.copy: FSDP gives its units a class that refuses.)
+        runner = object.__new__(type(self))
+        runner.__setstate__(self.__getstate__())
         runner._flat_weights = [self.quantized(name) for name in self._flat_weights_names]
         return super(_QATRecurrent, runner).forward(self._first_input(input), hx)
 
@@ -59,6 +59,7 @@ class _PackedRecurrent(_Recurrent, PackedLayer, nn.RNNBase):
     # Not an nn.LSTM or nn.GRU: torch.compile breaks the graph at each of those.
 
     uses_dense = False
+    readable = False  # nn.RNNBase would keep what it reads
 
     def attach(self, name: str, pieces: dict[str, PackedWeight]) -> None:
         super().attach(name, pieces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gq_triton.config import GQConfig
+from gq_triton.config import WeightConfig
 from gq_triton.kernels import native
 from gq_triton.kernels.planes import plane_bytes
 from gq_triton.packed_header import Header, some
@@ -128,7 +128,7 @@ class _Arena:
         return taken
 
 
-def _check_codebook(name: str, codebook: np.ndarray, config: GQConfig) -> None:
+def _check_codebook(name: str, codebook: np.ndarray, config: WeightConfig) -> None:
     if config.codebook == "fp8":
         largest = (codebook & 0x7F) <= 0x78  # the bytes of 256, which stands for 1; NaN is above
     else:

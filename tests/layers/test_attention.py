@@ -75,13 +75,25 @@ def test_activations_are_quantized_at_every_projection(options):
     prepared.out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     output, _ = prepared(query, key, value)
     outer = nn.functional.linear(F.quantize_activations(seen[0], "int8"), twin.out_proj.weight, twin.out_proj.bias)
-    same(output, outer.transpose(0, 1))
+    same(output, outer)
     twin.out_proj = nn.Linear(8, 8)
     with torch.no_grad():
         twin.out_proj.weight.copy_(torch.eye(8))
     twin.out_proj.bias.data.zero_()
     inner = twin(*(F.quantize_activations(x, "int8") for x in (query, key, value)))[0]
-    same(seen[0].transpose(0, 1), inner)
+    same(seen[0], inner)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8), (3, 8)])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_outputs_lie_in_memory_as_they_are_indexed(batch_first, shape):
+    """As callers expect who take a ``view`` of them."""
+    prepared, twin = prepare(nn.MultiheadAttention(8, 2, batch_first=batch_first))
+    x = torch.randn(shape)
+    for layer in (prepared, convert(prepared)):
+        output = layer(x, x, x)[0]
+        assert output.is_contiguous()
+        same(output, twin(x, x, x)[0])
 
 
 def test_dropout_in_training_only():

@@ -105,13 +105,27 @@ def test_a_dense_copy_takes_the_place_of_the_depthwise_kernel():
     assert not operations.counts["packed_depthwise_conv1d"]
 
 
-def test_channels_stay_adjacent_in_memory():
-    """Through a convolution module no layer has to copy the output of the one before."""
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_outputs_are_laid_out_as_inputs(adjacent):
+    """Where channels are adjacent, no layer of a convolution module has to copy the output of the one before."""
     convolutions = [nn.Conv1d(6, 8, 1), nn.Conv1d(8, 8, 3, groups=8, padding=1), nn.Conv1d(8, 6, 1)]
-    packed, x = convert(prepare(nn.Sequential(*convolutions))[0]), torch.randn(2, 6, 9)
+    packed = convert(prepare(nn.Sequential(*convolutions))[0])
+    x = torch.randn(2, 9, 6).movedim(1, 2) if adjacent else torch.randn(2, 6, 9)
     for layer in packed:
         x = layer(x)
-        assert x.movedim(1, 2).is_contiguous()
+        assert (x.movedim(1, 2) if adjacent else x).is_contiguous()
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_outputs_may_be_changed_in_place(path, adjacent, cpu_kernels):
+    make, shape, _ = PATHS[path]
+    packed, x = convert(prepare(make())[0]), torch.randn(shape)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if adjacent else x
+    expected = torch.relu(packed(x))
+    same(torch.relu_(packed(x)), expected)
+    with torch.no_grad():
+        same(torch.relu_(packed(x)), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)

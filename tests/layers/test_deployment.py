@@ -65,9 +65,7 @@ def test_no_float_weight_is_left(kind):
     names = set(hard_weights(prepare(layer)[0]))
     packed = gq.quantize_(layer, step="convert")
     assert names.isdisjoint(dict(packed.named_parameters()))
-    for name in names - {"out_proj.weight"}:
-        with pytest.raises(AttributeError):
-            getattr(packed, name)
+    assert names.isdisjoint(vars(packed))
     floats = [t for t in packed.state_dict().values() if t.is_floating_point() and t.dim() > 1]
     assert not floats
     for module in packed.modules():
@@ -75,15 +73,18 @@ def test_no_float_weight_is_left(kind):
         assert not any(isinstance(t, torch.Tensor) and t.dim() > 1 for t in held)
 
 
-def test_reading_a_packed_weight_says_why_not():
-    packed = convert(prepare(nn.Linear(4, 3))[0])
-    assert not hasattr(packed, "weight")
-    with pytest.raises(AttributeError, match=r"PackedLinear\.weight is packed"):
-        _ = packed.weight
+@pytest.mark.parametrize("kind", LAYERS)
+def test_packed_weights_are_decoded_where_they_are_read(kind):
+    layer = prepare(LAYERS[kind][0]())[0]
+    expected, packed = hard_weights(layer), convert(layer)
+    for name in {"weight", "in_proj_weight", "q_proj_weight"} & set(expected):
+        same(getattr(packed, name), expected[name])
+    for name in (name for name in expected if name.startswith(("weight_ih", "weight_hh", "weight_hr"))):
+        assert not hasattr(packed, name)
+        with pytest.raises(AttributeError, match=rf"{name} is packed and cannot be read: decode {name}_packed"):
+            getattr(packed, name)
     with pytest.raises(AttributeError, match="nothing"):
         _ = packed.nothing
-    with pytest.raises(AttributeError, match=r"in_proj_weight is packed .* decode q_proj_weight_packed and k_proj"):
-        _ = convert(prepare(nn.MultiheadAttention(4, 2))[0]).in_proj_weight
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])

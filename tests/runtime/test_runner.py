@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gq_triton import GQConfig
+from gq_triton.baselines import KMeansConfig, LSQConfig, UniformConfig
 from gq_triton.kernels import native
 from gq_triton.models import RNNT, ConformerConfig
 from gq_triton.runtime import Runner, Stream
@@ -37,6 +38,11 @@ QUANTIZATIONS = {
     "fp8": {"*": GQConfig(bits=6, codebook="fp8", activations="fp8")},
     "one scale": {"*": GQConfig(bits=5, granularity="tensor")},
     "widths": {"encoder.layers.1": GQConfig(bits=3, codebook="int8"), "joint": GQConfig(bits=7), "*": GQConfig(bits=5)},
+    "rival methods": {
+        "joint": UniformConfig(bits=8, codebook="int8", activations="int8"),
+        "predictor.*": KMeansConfig(bits=3),
+        "*": LSQConfig(bits=4, codebook="int8"),
+    },
     "some float": {
         "encoder.layers.1": None,
         "*.weight_hh_l0": None,
