@@ -1,16 +1,18 @@
-"""The quickstart's figures."""
+"""Figures of the quickstart and of `allocate`."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
 
+from gq_triton.allocation import Allocation, Sensitivity
 from gq_triton.files import write_atomically
 from gq_triton.speech.extras import require
 
-__all__ = ["plot_error_rates", "plot_sizes"]
+__all__ = ["plot_error_rates", "plot_sensitivity", "plot_sizes"]
 
 FLOAT, UNTRAINED, TRAINED = "#555555", "#d95f02", "#1b9e77"
+NEGLIGIBLE_CHANGE = 1e-4  # of a loss, in nats per token; smaller ones get the same colour
 SERIES = (  # offset of the bar, key in a row of the summary, label, colour
     (-0.2, "ptq", "post-training quantization", UNTRAINED),
     (0.2, "qat", "quantization-aware training", TRAINED),
@@ -60,10 +62,39 @@ def plot_sizes(path: Path, summary: dict) -> None:
     _save(figure, path)
 
 
-def _axes(summary: dict):
-    require("matplotlib", "quickstart").use("Agg")
-    import matplotlib.pyplot as plt
+def plot_sensitivity(path: Path, measured: Sensitivity, chosen: Allocation) -> None:
+    """A table of weights and widths, coloured by the change of the loss; the chosen widths are framed."""
+    plt = _pyplot()
+    widths = list(measured.units[0].losses)
+    changes = [[unit.losses[bits] - measured.loss for bits in widths] for unit in measured.units]
+    largest = max(max(map(max, changes)), NEGLIGIBLE_CHANGE * 10)
+    shown = [[min(max(change, NEGLIGIBLE_CHANGE), largest) for change in row] for row in changes]
+    figure, axes = plt.subplots(figsize=(3 + 0.75 * len(widths), 1.4 + 0.27 * len(changes)), layout="constrained")
+    image = axes.imshow(shown, cmap="YlOrRd", norm="log", vmin=NEGLIGIBLE_CHANGE, vmax=largest, aspect="auto")
+    for row, unit in enumerate(measured.units):
+        for column, bits in enumerate(widths):
+            dark = shown[row][column] > (NEGLIGIBLE_CHANGE * largest**3) ** 0.25
+            text = dict(ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            axes.text(column, row, f"{changes[row][column]:+.4f}", **text)
+            if chosen.bits[unit.names[0]] == bits:
+                axes.add_patch(plt.Rectangle((column - 0.47, row - 0.45), 0.94, 0.9, fill=False, linewidth=1.6))
+    axes.set_xticks(range(len(widths)), [str(bits) for bits in widths])
+    axes.set_yticks(range(len(changes)), [unit.names[0] for unit in measured.units], fontsize=8)
+    axes.set_xlabel(f"bits; framed: chosen for {chosen.bytes:,} bytes")
+    axes.set_title(f"change of the loss ({measured.loss:.4f}) with one weight quantized, untrained", fontsize=9)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(image, extend="min", label="nats per token")
+    _save(figure, path)
 
+
+def _pyplot():
+    require("matplotlib", "quickstart").use("Agg")
+    return require("matplotlib.pyplot", "quickstart")
+
+
+def _axes(summary: dict):
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     test, device = summary["test"], summary["device"]
     axes.set_title(

@@ -22,7 +22,15 @@ from .output import emit, json_option
 from .quantization import allocation, given_options, quantization_options
 from .streaming import transcribe_files, transcribe_microphone
 
-__all__ = ["convert", "evaluate", "load_recognizer", "recognizer_file", "report", "transcribe"]
+__all__ = [
+    "convert",
+    "evaluate",
+    "load_float_recognizer",
+    "load_recognizer",
+    "recognizer_file",
+    "report",
+    "transcribe",
+]
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 BEAM = click.option(
@@ -39,6 +47,14 @@ def load_recognizer(path: Path) -> Recognizer:
     """Reads a recognizer from its file, or from the folder of the run that trained it; its model goes to the GPU."""
     recognizer = Recognizer.load(recognizer_file(path))
     recognizer.model.to(training_device())
+    return recognizer
+
+
+def load_float_recognizer(path: Path) -> Recognizer:
+    """:func:`load_recognizer`; raises click.UsageError where it is quantized."""
+    recognizer = load_recognizer(path)
+    if recognizer.stage != "float":
+        raise click.UsageError(f"{path} is {recognizer.stage} already; a float recognizer is needed")
     return recognizer
 
 
@@ -92,17 +108,13 @@ def write_hypotheses(path: Path, speech: SpeechSet, result: Evaluation) -> None:
 def convert(
     model: Path,
     output: Path,
-    bits: int | None,
-    layers: Sequence[str],
-    codebook: str,
-    activations: str,
-    granularity: str,
     as_json: bool,
+    **quantization,
 ) -> None:
     """Pack the weights of MODEL into a self-contained file.
 
-    A model from `qat` keeps what it was trained for; a float one is quantized without training, as --bits, --layer and
-    the options beside them say.
+    A model from `qat` keeps what it was trained for; a float one is quantized without training, as --bits and --layer
+    or --config, and the options beside them, say.
     """
     recognizer = load_recognizer(model)
     if recognizer.stage == "packed":
@@ -110,7 +122,7 @@ def convert(
     if recognizer.stage == "qat" and (given := given_options()):
         raise click.UsageError(f"{model} keeps what it was trained for: {', '.join(given)} does not go with it")
     if recognizer.stage == "float":
-        recognizer.prepare(allocation(bits, layers, codebook, activations, granularity))
+        recognizer.prepare(allocation(**quantization))
     recognizer.convert().save(output)
     sizes = gq.report(recognizer.model)
     size, ratio = sizes.packed_bytes, sizes.ratio
