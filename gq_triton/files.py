@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_tensors", "read_state", "save_json", "save_tensors", "write_atomically"]
+__all__ = ["load_tensors", "read_state", "save_json", "save_json_lines", "save_tensors", "write_atomically"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -47,6 +47,12 @@ def _umask() -> int:
 def save_json(path: str | Path, value: object) -> None:
     """Writes ``value`` as indented JSON, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def save_json_lines(path: str | Path, rows: Iterable[object]) -> None:
+    """Writes each of ``rows`` as a line of JSON, atomically."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], state: dict) -> None:

@@ -79,7 +79,8 @@ def _forward_cpu(
     convolve = _native if native.available() and x.shape[1] == len(scale) else _torch
     y = convolve(x, packed, codebook, scale, bias, bits, kernel_size, stride, padding, dilation, layout)
     out = _empty(x, y.shape[1], y.shape[2])
-    return y if (y.dtype, y.stride()) == (out.dtype, out.stride()) else out.copy_(y)
+    alike = not y._is_view() and (y.dtype, y.stride()) == (out.dtype, out.stride())
+    return y if alike else out.copy_(y)
 
 
 def _torch(
@@ -122,10 +123,11 @@ def _native(
     weight = native_weight(packed, codebook, scale, layout, bits, len(scale), kernel_size)
     steps = x.movedim(1, 2).float().contiguous()
     length = output_length(x.shape[2], kernel_size, stride, padding, dilation)
-    out = torch.empty(x.shape[0], length, len(scale), dtype=torch.float32)
+    out = _channels_last_empty(steps, len(scale), length)
     bias = None if bias is None else bias.float().contiguous()
-    native.depthwise_conv1d(steps, weight, bias, out, stride, padding, dilation, torch.get_num_threads())
-    return out.movedim(2, 1)
+    steps_out = out.movedim(1, 2)
+    native.depthwise_conv1d(steps, weight, bias, steps_out, stride, padding, dilation, torch.get_num_threads())
+    return out
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -135,8 +137,13 @@ def _channels_last(x: Tensor) -> bool:
 def _empty(x: Tensor, rows: int, length: int) -> Tensor:
     """An output (B, rows, length) laid out as ``x``."""
     if _channels_last(x):
-        return x.new_empty(x.shape[0], length, rows).movedim(2, 1)
+        return _channels_last_empty(x, rows, length)
     return x.new_empty(x.shape[0], rows, length)
+
+
+def _channels_last_empty(x: Tensor, rows: int, length: int) -> Tensor:
+    """An output in which channels are neighbours in memory; no view, as users may change it in place."""
+    return x.new_empty_strided((x.shape[0], rows, length), (rows * length, 1, rows))
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------

@@ -149,8 +149,10 @@ def _torch_product(
     planes, out = convert(packed, codebook, layout, "planes", bits, rows, columns), tokens.new_zeros(len(tokens), rows)
     for part, codes in _blocks(planes, bits, rows, columns) if len(tokens) else ():
         torch.mm(tokens, _look_up(values, codes).t(), out=out[:, part])
-    out = torch.mul(out, scale) if bias is None else torch.addcmul(bias.float(), out, scale)
-    return out.view(*x.shape[:-1], rows)
+    result = tokens.new_empty(*x.shape[:-1], rows)  # no view, as users may change an operator's output in place
+    matrix = result.view(len(tokens), rows)
+    torch.mul(out, scale, out=matrix) if bias is None else torch.addcmul(bias.float(), out, scale, out=matrix)
+    return result
 
 
 def _tokens(x: Tensor, activations: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Prepared models under DDP and FSDP: two processes take the steps of one."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -70,3 +71,25 @@ def test_fsdp_under_autocast(mesh):
     assert output.dtype == torch.bfloat16
     output.float().square().sum().backward()
     assert all(parameter.grad.full_tensor().isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_may_be_a_unit_of_its_own(mesh, kind):
+    from torch.distributed.fsdp import fully_shard
+
+    model = gq.quantize_(nn.Sequential(kind(5, 4), nn.Identity()), gq.GQConfig(bits=2))
+    sharded = copy.deepcopy(model)
+    fully_shard(sharded[0], mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    x = torch.randn(6, 3, 5)
+    for _ in range(2):  # its weights are other tensors in every step, and must be quantized all the same
+        outputs = [network(x)[0] for network in (model, sharded)]
+        torch.testing.assert_close(outputs[1], outputs[0])
+        for output in outputs:
+            output.square().sum().backward()
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *sharded.parameters()):
+                parameter.sub_(0.1 * parameter.grad)
+                parameter.grad = None
+    for name, parameter in sharded.named_parameters():
+        torch.testing.assert_close(parameter.full_tensor(), model.get_parameter(name))

@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from gq_triton.files import load_tensors, read_state, save_json, save_tensors, write_atomically
+from gq_triton.files import load_tensors, read_state, save_json, save_json_lines, save_tensors, write_atomically
 
 
 def test_tensors_and_state_come_back_bit_for_bit(tmp_path):
@@ -84,3 +86,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path, metadata):
     save_file({"a": torch.ones(2)}, tmp_path / "file", metadata=metadata)
     with pytest.raises(ValueError, match="file"):
         load_tensors(tmp_path / "file")
+
+
+def test_rows_are_lines(tmp_path):
+    rows = [{"a": 1, "b": [1, 2]}, {"a": "two\nlines"}]
+    save_json_lines(tmp_path / "new" / "rows.jsonl", iter(rows))
+    assert [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()] == rows

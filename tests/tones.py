@@ -59,3 +59,17 @@ def write_manifest(folder: Path, spoken: list[Utterance]) -> Path:
     manifest = folder / "manifest.tsv"
     manifest.write_text("\n".join(lines) + "\n")
     return manifest
+
+
+def write_librispeech(folder: Path, splits: dict[str, list[Utterance]]) -> Path:
+    """The same in LibriSpeech's layout, one chapter a speaker; returns the folder."""
+    for split, spoken in splits.items():
+        for utterance in spoken:
+            speaker = utterance.speaker.removeprefix("speaker")
+            chapter = folder / split / speaker / "1"
+            chapter.mkdir(parents=True, exist_ok=True)
+            name = f"{speaker}-1-{utterance.id.removeprefix('tones-')}"
+            save_audio(chapter / f"{name}.flac", utterance.audio)
+            with open(chapter / f"{speaker}-1.trans.txt", "a") as file:
+                file.write(f"{name} {utterance.text.upper()}\n")
+    return folder

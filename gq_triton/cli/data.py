@@ -11,7 +11,7 @@ from tqdm import tqdm
 from gq_triton.files import write_atomically
 from gq_triton.speech.audio import save_audio
 from gq_triton.speech.datasets import Utterance
-from gq_triton.speech.download import RECIPES, download
+from gq_triton.speech.download import LIBRISPEECH, RECIPES, download
 from gq_triton.speech.synthetic import VARIANTS, spoken_commands
 
 from .datasets import data_options, load_utterances
@@ -20,6 +20,8 @@ from .output import emit, json_option
 __all__ = ["data"]
 
 COLUMNS = ("audio", "text", "speaker", "id")
+DOWNLOADS = {name: (name,) for name in RECIPES} | {"librispeech": tuple(LIBRISPEECH)}
+NOTES = [*(f"{name}: {recipe.note}." for name, recipe in RECIPES.items()), "librispeech: all its parts, 61 GB."]
 FOLDER = click.option("--root", type=click.Path(path_type=Path), required=True, help="folder to write to")
 
 
@@ -28,14 +30,15 @@ def data() -> None:
     """Fetch, make and look at data sets."""
 
 
-@data.command(name="download", epilog=" ".join(f"{name}: {recipe.note}." for name, recipe in RECIPES.items()))
-@click.argument("name", type=click.Choice(list(RECIPES)))
+@data.command(name="download", epilog=" ".join(NOTES))
+@click.argument("name", type=click.Choice(list(DOWNLOADS)))
 @FOLDER
 @json_option
 def download_command(name: str, root: Path, as_json: bool) -> None:
-    """Fetch AN4 or a part of LibriSpeech from its public home, verify it and unpack it into --root."""
-    download(name, root)
-    folder = root / RECIPES[name].folder
+    """Fetch AN4, LibriSpeech or a part of it from its public home, verify it and unpack it into --root."""
+    for part in DOWNLOADS[name]:
+        download(part, root)
+    folder = root / (RECIPES[name].folder if name in RECIPES else "LibriSpeech")
     emit({"folder": str(folder)}, str(folder), as_json)
 
 

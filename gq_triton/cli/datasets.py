@@ -9,13 +9,14 @@ import click
 
 from gq_triton.speech.datasets import Utterance, an4, librispeech, manifest
 from gq_triton.speech.synthetic import spoken_commands
+from gq_triton.training.distributed import is_main
 
 __all__ = ["data_options", "load_utterances"]
 
 READERS: dict[str, Callable[[Path | None, str], list[Utterance]]] = {
     "synthetic": lambda _root, split: spoken_commands(split),
     "an4": an4,
-    "librispeech": librispeech,
+    "librispeech": lambda root, split: librispeech(root, split, progress=is_main()),
     "manifest": lambda path, _split: manifest(path),
 }
 DEFAULT_SPLITS = {  # of training and of testing

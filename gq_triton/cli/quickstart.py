@@ -18,7 +18,7 @@ from gq_triton.speech.recognizer import Recognizer
 from gq_triton.training.data import SpeechSet
 from gq_triton.training.evaluation import evaluate
 from gq_triton.training.recipes import RECIPES
-from gq_triton.training.study import Row, quantize_and_measure, train_recognizer
+from gq_triton.training.study import Row, quantize_and_measure, train_from_scratch
 
 from .datasets import data_options, load_utterances
 from .figures import plot_error_rates, plot_sizes
@@ -65,7 +65,7 @@ def quickstart(
         for part, speeds in zip(parts, (recipe.train.speeds, (1.0,)), strict=True)
     )
     _say(f"training a float recognizer on {len(train)} utterances, {sum(train.durations) / 60:.0f} minutes of speech")
-    recognizer = train_recognizer(recognizer, train, recipe.train, output / "float", overwrite=overwrite)
+    recognizer = train_from_scratch(recognizer, recipe, train, output / "float", overwrite=overwrite)
     unquantized = evaluate(recognizer, test, beam_width=recipe.beam_width)
     rows: list[Row] = []
     for name in recipe.allocations:

@@ -12,6 +12,7 @@ __all__ = [
     "ConformerConfig",
     "RNNTConfig",
     "TransducerConfig",
+    "architecture_of",
     "config_from_dict",
     "preset",
 ]
@@ -195,8 +196,8 @@ class RNNTConfig(TransducerConfig):
 CONFORMER_PRESETS: dict[str, dict] = {
     "tiny": dict(
         channels=32,
-        encoder_layers=4,
-        encoder_size=96,
+        encoder_layers=3,
+        encoder_size=128,
         predictor_embedding=32,
         predictor_hidden=64,
         joint=96,
@@ -285,6 +286,11 @@ def config_from_dict(values: dict[str, Any]) -> RNNTConfig | ConformerConfig:
     if found not in architectures:
         raise ValueError(f"the model's architecture is {found!r}; allowed: {', '.join(architectures)}")
     return architectures[found].from_dict(values)
+
+
+def architecture_of(name: str) -> str:
+    """The architecture of one of :data:`PRESETS`."""
+    return (ConformerConfig if "-" in name else RNNTConfig).architecture
 
 
 #: All presets: those with a Conformer are ``conformer-SIZE``.

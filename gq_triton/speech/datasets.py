@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 from .audio import audio_duration, load_audio, resample
 
@@ -67,12 +68,14 @@ def an4(root: str | PathLike[str], split: str = "train") -> list[Utterance]:
     return utterances
 
 
-def librispeech(root: str | PathLike[str], split: str) -> list[Utterance]:
+def librispeech(root: str | PathLike[str], split: str, *, progress: bool = False) -> list[Utterance]:
     """LibriSpeech (Panayotov et al. 2015): ``split/speaker/chapter/speaker-chapter-number.flac``.
 
     Args:
         root: the folder that holds the split's folder, or one level above (holding ``LibriSpeech/``).
         split: "train-clean-100", "dev-clean", "test-other", ...
+        progress: show a progress bar: every file is opened to read its duration, a fraction of a millisecond each from
+            memory and more from a disk, minutes for the largest parts.
 
     Raises:
         FileNotFoundError: no such split, no transcripts in it, or an audio file is missing.
@@ -80,7 +83,8 @@ def librispeech(root: str | PathLike[str], split: str) -> list[Utterance]:
     """
     folder = _librispeech_folder(Path(root), split)
     utterances = []
-    for transcripts in sorted(folder.glob("*/*/*.trans.txt")):
+    chapters = sorted(folder.glob("*/*/*.trans.txt"))
+    for transcripts in tqdm(chapters, desc=split, unit="chapter", leave=False, disable=not progress):
         for line in _lines(transcripts):
             name, _, text = line.partition(" ")
             if not text.strip():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["RECIPES", "DownloadError", "Recipe", "download", "fetch"]
+__all__ = ["LIBRISPEECH", "RECIPES", "DownloadError", "Recipe", "download", "fetch"]
 
 CHUNK = 1 << 20
 RETRY_PAUSE = 1.0  # seconds, doubled with every attempt

@@ -6,7 +6,7 @@ import numpy as np
 
 from .extras import require
 
-__all__ = ["bootstrap_interval", "cer", "error_counts", "wer"]
+__all__ = ["bootstrap_interval", "cer", "error_counts", "resampled_interval", "wer"]
 
 
 def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
@@ -82,16 +82,31 @@ def bootstrap_interval(
     Raises:
         ValueError: as :func:`wer`, and for numbers out of range or groups of another length.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
     errors, words = error_counts(references, hypotheses)
     _ratio(errors, words)
     if groups is not None:
         errors, words = _sum_groups(errors, words, groups)
+    return resampled_interval(errors, words, confidence=confidence, samples=samples, seed=seed)
+
+
+def resampled_interval(
+    errors: np.ndarray, units: np.ndarray, *, confidence: float = 0.95, samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of sum(errors) / sum(units), resampling pairs of them with replacement.
+
+    Args:
+        errors, units: (n,) integers, of each utterance or group; errors may be differences of errors.
+        confidence, samples, seed: as in :func:`bootstrap_interval`.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
     draws = np.random.default_rng(seed).integers(len(errors), size=(samples, len(errors)))
-    resampled = errors[draws].sum(1) / np.maximum(words[draws].sum(1), 1)
+    resampled = errors[draws].sum(1) / np.maximum(units[draws].sum(1), 1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)

@@ -28,7 +28,7 @@ __all__ = ["Recognizer"]
 
 STAGES = ("float", "qat", "packed")
 MALFORMED = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)  # of wrong descriptions
-Quantization = gq.GQConfig | Mapping[str, gq.GQConfig | None]
+Quantization = gq.WeightConfig | Mapping[str, gq.WeightConfig | None]
 
 
 class Recognizer(nn.Module):
@@ -52,7 +52,12 @@ class Recognizer(nn.Module):
         _require_fit(front_end, tokenizer, model.config)
         self.front_end, self.tokenizer, self.model = front_end, tokenizer, model
         self.stage = "float"
-        self.quantization: dict[str, gq.GQConfig | None] | None = None
+        self.quantization: dict[str, gq.WeightConfig | None] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(chain(self.model.parameters(), self.model.buffers())).device
 
     def prepare(self, quantization: Quantization) -> Recognizer:
         """Makes the model's layers quantization-aware, in place; returns itself.
@@ -63,7 +68,7 @@ class Recognizer(nn.Module):
         Raises:
             ValueError: no layer is to be quantized.
         """
-        patterns = {"*": quantization} if isinstance(quantization, gq.GQConfig) else dict(quantization)
+        patterns = {"*": quantization} if isinstance(quantization, gq.WeightConfig) else dict(quantization)
         gq.quantize_(self.model, patterns, step="prepare")
         if not any(isinstance(module, QATLayer) for module in self.model.modules()):
             raise ValueError(f"quantization quantizes no layer of the model: its patterns are {', '.join(patterns)}")
@@ -91,8 +96,7 @@ class Recognizer(nn.Module):
         """
         if features.shape[1] < self.model.config.subsampling:
             return [""] * features.shape[0]
-        device = next(chain(self.model.parameters(), self.model.buffers())).device
-        features, lengths = features.to(device), lengths.to(device)
+        features, lengths = features.to(self.device), lengths.to(self.device)
         if beam_width == 1:
             ids = greedy(self.model, features, lengths)
         else:
@@ -176,7 +180,7 @@ class Recognizer(nn.Module):
         if stage not in STAGES or (stage == "float") != (quantization is None):
             raise ValueError(f"stage is {stage!r} with quantization {quantization!r}")
         patterns = quantization and {
-            pattern: config and gq.GQConfig.from_dict(config) for pattern, config in quantization
+            pattern: config and gq.config_from_dict(config) for pattern, config in quantization
         }
         if stage == "qat":
             recognizer.prepare(patterns)

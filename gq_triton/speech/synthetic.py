@@ -31,7 +31,7 @@ from .augment import add_noise, random_gain
 from .datasets import SAMPLE_RATE, Utterance
 from .extras import require
 
-__all__ = ["Request", "command_requests", "speak", "spoken_commands", "synthesize"]
+__all__ = ["Request", "command_requests", "speak", "spoken_commands", "spoken_transcripts", "synthesize"]
 
 ACCENTS = (
     "en-us",
@@ -151,9 +151,55 @@ def spoken_commands(
     if recordings is None:
         recordings = _record(speak(requests), f"{split} {seed}")
         _save(cache, recordings)
+    return _utterances(split, requests, [request.text for request in requests], recordings)
+
+
+def spoken_transcripts(transcripts: Sequence[str], count: int, *, seed: int = 0) -> list[Utterance]:
+    """The words of a training set from hundreds of synthetic voices, which a recognizer can learn from first.
+
+    One half are the transcripts themselves, drawn at random; the other half are one to eight words drawn one by one, as
+    often as they occur, so that a label model has no sentences to learn by heart.
+
+    Args:
+        transcripts: of the training set; not empty.
+        count: number of utterances.
+        seed: as in :func:`spoken_commands`.
+
+    Raises:
+        ModuleNotFoundError: espeakng-loader is not installed.
+        ValueError: no word to speak, or a count below 1.
+    """
+    words = [word for transcript in transcripts for word in transcript.split()]
+    if not words or count < 1:
+        raise ValueError(f"transcripts have {len(words)} words and count is {count}; at least one of each is needed")
+    rng = random.Random(f"transcripts {seed}")
+    texts = [_sentence(rng, transcripts, words) for _ in range(count)]
+    requests = [
+        Request(_pronounced(text), _any_voice(rng), rate=rng.randint(140, 230), pitch=rng.randint(30, 70))
+        for text in texts
+    ]
+    return _utterances("spoken", requests, texts, _record(speak(requests), f"transcripts {seed}"))
+
+
+def _sentence(rng: random.Random, transcripts: Sequence[str], words: Sequence[str]) -> str:
+    return rng.choice(transcripts) if rng.random() < 0.5 else " ".join(rng.choices(words, k=rng.randint(1, 8)))
+
+
+def _pronounced(text: str) -> str:
+    """Letters get a full stop, lest they be taken for words: "a" for the article."""
+    return " ".join(f"{word}." if len(word) == 1 else word for word in text.lower().split())
+
+
+def _any_voice(rng: random.Random) -> str:
+    return f"{rng.choice(ACCENTS)}+{rng.choice([variant for split in VARIANTS.values() for variant in split])}"
+
+
+def _utterances(
+    name: str, requests: Sequence[Request], texts: Sequence[str], recordings: Sequence[Tensor]
+) -> list[Utterance]:
     return [
-        Utterance(f"{split}-{i:05d}", samples.float() / 32768, request.text, request.voice, len(samples) / SAMPLE_RATE)
-        for i, (request, samples) in enumerate(zip(requests, recordings, strict=True))
+        Utterance(f"{name}-{i:05d}", samples.float() / 32768, text, request.voice, len(samples) / SAMPLE_RATE)
+        for i, (text, request, samples) in enumerate(zip(texts, requests, recordings, strict=True))
     ]
 
 

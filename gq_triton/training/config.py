@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 
 __all__ = ["TrainConfig"]
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -14,14 +16,23 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training set.
-        batch_size: utterances per step, over all processes together.
+        batch_size: utterances per step, over all processes together; counts where ``batch_seconds`` is 0.
+        batch_seconds: most seconds of audio per step, over all processes together and padding included, which suits
+            speech of varied length; 0 for batches of ``batch_size`` utterances.
+        max_seconds: utterances that are longer, at their own speed, are left out; 0 for no limit.
+        accumulate: micro-batches per step and process, computed one after another, their gradients added up: a step is
+            the same, up to rounding, in less memory.
         learning_rate: AdamW's peak rate of weights.
         quantizer_learning_rate: peak rate of scales, centroids and mu; None for ``learning_rate``.
         final_learning_rate: what the cosine decay ends at, as a fraction of the peak.
         warmup: fraction of all steps in which the rate rises linearly to its peak.
         weight_decay: AdamW's, on weights only.
         clip_norm: largest norm of the whole gradient.
+        precision: "float32", or "bfloat16" for products (autocast; weights, losses and sums stay float32); "auto" is
+            "bfloat16" on a GPU and "float32" on a CPU, and the trainer records which.
         ctc_weight: of the auxiliary CTC loss on the encoder of a transducer.
+        blank_bonus: added to the blank's logits in a transducer's loss, and not in what is decoded, which drops fewer
+            words: on few transcripts the label model learns these by heart, and words that do not follow are lost.
         curriculum_epochs: first epochs, in which batches come shortest first and without SpecAugment.
         average_decay: of the moving average of all parameters, which is evaluated and returned; 0 for the last ones.
         seed: of initial weights, batches, dropout and augmentation.
@@ -29,6 +40,7 @@ class TrainConfig:
         join: share of the utterances that are followed by another one of their speaker.
         freq_masks, freq_width: SpecAugment: masks per utterance, and their largest width in mel bands.
         time_masks, time_fraction: SpecAugment: masks per utterance, and their largest part of it.
+        warp: largest relative change of an utterance's frequencies (vocal tract length perturbation); 0 for none.
         feature_noise: deviation of the Gaussian noise added to normalised features.
         wake_share: of a bifocal model: share of the utterances whose first part, up to a frame drawn anew each time, is
             taken for a wake word, which is the small encoder's; the large one takes the others whole.
@@ -40,13 +52,18 @@ class TrainConfig:
 
     epochs: int = 30
     batch_size: int = 16
+    batch_seconds: float = 0.0
+    max_seconds: float = 0.0
+    accumulate: int = 1
     learning_rate: float = 2e-3
     quantizer_learning_rate: float | None = None
     final_learning_rate: float = 0.02
     warmup: float = 0.1
     weight_decay: float = 1e-2
     clip_norm: float = 5.0
+    precision: str = "auto"
     ctc_weight: float = 0.0
+    blank_bonus: float = 0.0
     curriculum_epochs: int = 0
     average_decay: float = 0.0
     seed: int = 0
@@ -56,6 +73,7 @@ class TrainConfig:
     freq_width: int = 15
     time_masks: int = 2
     time_fraction: float = 0.05
+    warp: float = 0.0
     feature_noise: float = 0.0
     wake_share: float = 0.5
     hardness: tuple[float, float] = (2.0, 16.0)
@@ -64,34 +82,33 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "evaluate_every", "checkpoint_every", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "a positive integer")
         for name in ("learning_rate", "clip_norm"):
             _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a positive number")
         for name in (
             "weight_decay",
             "ctc_weight",
+            "blank_bonus",
             "feature_noise",
             "curriculum_epochs",
             "seed",
             "freq_masks",
             "freq_width",
             "time_masks",
+            "batch_seconds",
+            "max_seconds",
         ):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
-        for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction", "wake_share"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "zero or more")
+        for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction", "warp", "wake_share"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a fraction, 0..1")
         rate = self.quantizer_learning_rate
         _require("quantizer_learning_rate", rate, rate is None or rate > 0, "a positive number or None")
+        _require("precision", self.precision, self.precision in PRECISIONS, ", ".join(PRECISIONS))
+        fits = not (self.join and self.batch_seconds)
+        _require("join", self.join, fits, "0 with batch_seconds, which joined utterances exceed")
         _require("speeds", self.speeds, self.speeds and min(self.speeds) > 0, "positive factors")
         _require("hardness", self.hardness, len(self.hardness) == 2 and min(self.hardness) > 0, "two positive numbers")
-
-    def steps_per_epoch(self, utterances: int) -> int:
-        return -(-utterances // self.batch_size)
-
-    def total_steps(self, utterances: int) -> int:
-        """Optimizer steps of the whole run on a set of ``utterances``."""
-        return self.epochs * self.steps_per_epoch(utterances)
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of step 0..total-1 as a fraction of the peak: linear warm-up, then a cosine."""
@@ -121,6 +138,8 @@ class TrainConfig:
         try:
             if isinstance(default, tuple):
                 return tuple(float(part) for part in text.split(","))
+            if isinstance(default, str):
+                return text
             return int(text) if isinstance(default, int) else float(text)
         except ValueError as error:
             kind = {tuple: "numbers separated by commas", int: "a whole number"}.get(type(default), "a number")

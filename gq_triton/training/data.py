@@ -1,10 +1,15 @@
-"""Speech as training batches: features computed once per utterance and speed, in an order fixed by (seed, epoch)."""
+"""Speech as training batches, in an order fixed by (seed, epoch).
+
+Features of small sets are computed once per utterance and speed, and kept. Those of large sets are computed when they
+are needed, by worker processes, from files of which only the headers were read before.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,12 +22,18 @@ from tqdm import tqdm
 from gq_triton.speech.augment import speed_perturb
 from gq_triton.speech.datasets import Utterance
 from gq_triton.speech.features import LogMel
+from gq_triton.speech.mel import band_centres
 from gq_triton.speech.tokens import Tokenizer
 
-__all__ = ["Batch", "SpeechSet", "epoch_batches", "load_batches"]
+from .config import TrainConfig
+
+__all__ = ["Batch", "BatchPlan", "SpeechSet", "load_batches"]
 
 CACHE_HOURS = 20  # of speech, about 2.3 GB of features
-LOADER_WORKERS = 2  # processes that compute features for sets too large to keep
+MOST_WORKERS = 8  # processes that compute features for a training process, where its set is too large to keep
+JITTER = 0.1  # relative, of lengths before they are sorted: else the same neighbours would meet in every epoch
+NARROW_JITTER = 0.03  # the same where the seconds of a batch are limited, which must allow for it
+SHORTEST = 0.01  # seconds that an utterance takes of a batch at least: a frame
 
 Key = tuple[int, float]  # index of an utterance, speed factor
 Item = tuple[Key, ...]  # one utterance, or several of one speaker that are joined
@@ -55,6 +66,7 @@ class TrainingSet(Protocol):
     durations: Sequence[float]
     speakers: Sequence[str | None]
     speeds: Sequence[float]
+    frequencies: Tensor
     cached: bool
 
     def __getitem__(self, item: Item) -> tuple[Tensor, Tensor]: ...
@@ -69,7 +81,7 @@ class SpeechSet(Dataset):
         tokenizer: encodes the transcripts; what it does not know becomes its unknown token.
         speeds: factors of speed perturbation that batches draw from.
         cached: whether to compute all features now and keep them; by default where they amount to 20 hours or less.
-        progress: whether to show a progress bar meanwhile.
+        progress: whether to show progress bars meanwhile.
 
     Raises:
         ValueError: no utterances, or a speed of zero or less.
@@ -91,9 +103,13 @@ class SpeechSet(Dataset):
             raise ValueError(f"speeds is {tuple(speeds)}; positive factors are needed")
         self.utterances = list(utterances)
         self.front_end = front_end
+        self.frequencies = torch.tensor(band_centres(*astuple(front_end.settings)[:3]))
         self.speeds = tuple(speeds)
         self.texts = [utterance.text for utterance in self.utterances]
-        self.targets = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in self.texts]
+        bar = tqdm(self.texts, desc="transcripts", unit="utt", leave=False, disable=not progress)
+        encoded = [torch.tensor(tokenizer.encode(text), dtype=torch.int32) for text in bar]
+        self.tokens = torch.cat(encoded)  # not a tensor for each: large sets have hundreds of thousands
+        self._token_ends = np.cumsum([len(tokens) for tokens in encoded])
         self.durations = [utterance.duration for utterance in self.utterances]
         self.speakers = [utterance.speaker for utterance in self.utterances]
         hours = sum(self.durations) * len(self.speeds) / 3600
@@ -105,7 +121,12 @@ class SpeechSet(Dataset):
 
     def __getitem__(self, item: Item) -> tuple[Tensor, Tensor]:
         features = [self._features[key] if self.cached else self._compute(key) for key in item]
-        return torch.cat(features), torch.cat([self.targets[index] for index, _ in item])
+        return torch.cat(features), torch.cat([self.target(index) for index, _ in item])
+
+    def target(self, index: int) -> Tensor:
+        """Token ids of one transcript, ``(U,)`` int64."""
+        start = self._token_ends[index - 1] if index else 0
+        return self.tokens[start : self._token_ends[index]].long()
 
     def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
         """All utterances at their own speed, longest first, as (indices, batch)."""
@@ -145,25 +166,93 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     )
 
 
-def epoch_batches(data: TrainingSet, batch_size: int, *, seed: int, epoch: int, join: float = 0.0) -> list[list[Item]]:
-    """Every utterance once, each at a drawn speed, in batches of similar length and in random order.
+class BatchPlan:
+    """Which utterances make up each batch of a run.
 
-    With probability ``join`` an utterance is followed by another one of its speaker, so that a small set has more
-    sequences of words than it has sentences. The batches depend on nothing but the arguments. Their number is
-    ``ceil(len / batch_size)`` for every epoch, and their sizes differ by one at most, so that no process of several is
-    left without an utterance.
+    An epoch has every utterance once, each at a drawn speed, in batches of similar length and in random order, shortest
+    first in the epochs of a curriculum. With probability ``config.join`` an utterance is followed by another one of its
+    speaker, so that a small set has more sequences of words than it has sentences; not in a curriculum. All of it
+    depends on nothing but (data, config, epoch).
+
+    Every epoch has as many batches, of the same sizes by order of length: of ``config.batch_size`` utterances or one
+    fewer, or else as many as ``config.batch_seconds`` allows were all played at the slowest speed.
+
+    Args:
+        data: the training set.
+        config: the run.
+
+    Attributes:
+        kept: indices of the utterances that are no longer than ``config.max_seconds``.
+        sizes: utterances of each batch of an epoch, by order of length.
+
+    Raises:
+        ValueError: no utterance is kept, or the longest one exceeds ``config.batch_seconds`` alone.
     """
-    draw = np.random.default_rng([seed, epoch])
-    durations = np.asarray(data.durations, dtype=np.float64)
-    speeds = draw.choice(np.asarray(data.speeds, dtype=np.float64), len(durations))
-    items: list[Item] = [((index, float(speed)),) for index, speed in enumerate(speeds)]
-    if join:
-        items = _join(items, data.speakers, join, draw)
-    lengths = np.array([item_duration(data, item) for item in items])
-    jittered = lengths * draw.uniform(0.9, 1.1, len(items))  # else the same neighbours meet every epoch
-    order = np.argsort(jittered, kind="stable")
-    buckets = np.array_split(order, -(-len(order) // batch_size))
-    return [[items[index] for index in buckets[bucket]] for bucket in draw.permutation(len(buckets))]
+
+    def __init__(self, data: TrainingSet, config: TrainConfig) -> None:
+        self.data, self.config = data, config
+        durations = np.asarray(data.durations, dtype=np.float64)
+        self.kept = np.flatnonzero(durations <= (config.max_seconds or np.inf))
+        if not len(self.kept):
+            raise ValueError(f"max_seconds is {config.max_seconds}; the shortest utterance has {durations.min():.1f} s")
+        self._jitter = NARROW_JITTER if config.batch_seconds else JITTER
+        if config.batch_seconds:
+            self.sizes = self._sizes_by_seconds(durations[self.kept] / min(data.speeds))
+        else:
+            self.sizes = _sizes_by_count(len(self.kept), config.batch_size)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.sizes)
+
+    def epoch(self, epoch: int) -> list[list[Item]]:
+        """The batches of epoch 0, 1, ..."""
+        easy = epoch < self.config.curriculum_epochs
+        draw = np.random.default_rng([self.config.seed, epoch])
+        speeds = draw.choice(np.asarray(self.data.speeds, dtype=np.float64), len(self.kept))
+        items: list[Item] = [((int(index), float(speed)),) for index, speed in zip(self.kept, speeds, strict=True)]
+        if self.config.join and not easy:
+            items = _join(items, self.data.speakers, self.config.join, draw)
+        lengths = np.array([item_duration(self.data, item) for item in items])
+        jittered = lengths * draw.uniform(1 - self._jitter, 1 + self._jitter, len(items))
+        order = np.argsort(jittered, kind="stable")
+        buckets = np.split(order, np.cumsum(self.sizes)[:-1])
+        batches = [[items[index] for index in buckets[bucket]] for bucket in draw.permutation(len(buckets))]
+        if easy:
+            batches.sort(key=lambda batch: max(item_duration(self.data, item) for item in batch))
+        return batches
+
+    def divisor(self, batch: Sequence[Item]) -> float:
+        """What the summed loss of a batch is divided by: its utterances or, where sizes differ widely, those of an
+        average batch, so that an utterance counts alike in all company."""
+        return len(self.kept) / len(self.sizes) if self.config.batch_seconds else len(batch)
+
+    def _sizes_by_seconds(self, slowest: np.ndarray) -> list[int]:
+        """Sizes that hold in every epoch, from the seconds of all utterances at the slowest speed.
+
+        An utterance of rank k by jittered length is, in no epoch, longer than the one of rank k among the slowest times
+        (1 + jitter) / (1 - jitter), nor than the longest of all.
+        """
+        limit, slowest = self.config.batch_seconds, np.sort(slowest)
+        if slowest[-1] > limit:
+            raise ValueError(
+                f"batch_seconds is {limit}; the longest utterance alone has {slowest[-1]:.1f} s at the slowest speed. "
+                "Allow more, or leave out long ones by max_seconds"
+            )
+        sizes, end = [], len(slowest)
+        while end:
+            longest = max(slowest[end - 1], SHORTEST) * (1 + self._jitter) / (1 - self._jitter)
+            sizes.append(min(end, max(1, int(limit / longest))))
+            end -= sizes[-1]
+        if len(sizes) > 1 and sizes[-1] < sizes[-2]:  # the shortest utterances are what was left over: share alike
+            sizes[-2:] = _sizes_by_count(sizes[-2] + sizes[-1], sizes[-2])
+        return sizes[::-1]
+
+
+def _sizes_by_count(count: int, most: int) -> list[int]:
+    """``count`` in the fewest parts of at most ``most``, which differ by one at most, the larger ones first."""
+    parts = -(-count // most)
+    return [count // parts + (part < count % parts) for part in range(parts)]
 
 
 def item_duration(data: TrainingSet, item: Item) -> float:
@@ -174,10 +263,10 @@ def item_duration(data: TrainingSet, item: Item) -> float:
 def _join(items: list[Item], speakers: Sequence[str | None], share: float, draw: np.random.Generator) -> list[Item]:
     """Lets about ``share`` of the items be followed by one of the same speaker, at the same speed."""
     by_speaker: dict[str | None, list[int]] = {}
-    for index, speaker in enumerate(speakers):
-        by_speaker.setdefault(speaker, []).append(index)
+    for ((index, _),) in items:
+        by_speaker.setdefault(speakers[index], []).append(index)
     chosen = draw.random(len(items)) < share
-    followers = [int(draw.choice(by_speaker[speaker])) for speaker in speakers]
+    followers = [int(draw.choice(by_speaker[speakers[index]])) for ((index, _),) in items]
     return [
         (*item, (follower, item[0][1])) if joined else item
         for item, follower, joined in zip(items, followers, chosen, strict=True)
@@ -186,5 +275,11 @@ def _join(items: list[Item], speakers: Sequence[str | None], share: float, draw:
 
 def load_batches(data: TrainingSet, batches: Sequence[Sequence[Item]]) -> Iterator[Batch]:
     """Loads the batches in turn; worker processes compute the features where the set does not hold them."""
-    workers = 0 if data.cached else LOADER_WORKERS
+    workers = 0 if data.cached else _loader_workers()
     return iter(DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers))
+
+
+def _loader_workers() -> int:
+    """This process's share of the machine's processors, within reason."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that torchrun started here
+    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // processes))

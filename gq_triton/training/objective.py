@@ -8,6 +8,7 @@ within a few epochs. Its output layer belongs to training and never reaches the 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gq_triton.grouping import regroup
@@ -21,7 +22,14 @@ __all__ = ["CTCObjective", "TransducerObjective", "objective_of", "transducer_lo
 
 
 def transducer_loss(
-    joint: Joint, lattice: Lattice, targets: Tensor, target_lengths: Tensor, *, blank: int = 0, reduction: str = "sum"
+    joint: Joint,
+    lattice: Lattice,
+    targets: Tensor,
+    target_lengths: Tensor,
+    *,
+    blank: int = 0,
+    blank_bonus: float = 0.0,
+    reduction: str = "sum",
 ) -> Tensor:
     """The transducer loss of a lattice, without its logits in memory wherever the joint's output layer allows it.
 
@@ -34,6 +42,8 @@ def transducer_loss(
         targets: ``(B, U)`` int64 labels, padded with any valid id.
         target_lengths: ``(B,)`` labels per utterance.
         blank: id of the blank label.
+        blank_bonus: added to the blank's logits. What is decoded lacks it: trained with a bonus, a transducer emits
+            blanks the less (the "blank penalty" of decoders, learned).
         reduction: "sum" (default), "mean" or "none", over the batch.
 
     Returns:
@@ -44,10 +54,12 @@ def transducer_loss(
     """
     labels = dict(targets=targets, logit_lengths=lattice.lengths, target_lengths=target_lengths)
     weight = _output_weight(joint.output)
+    bonus = torch.zeros_like(joint.output.bias)
+    bonus[blank] = blank_bonus
     if weight is None:
-        logits = joint.combine(lattice.frames[:, :, None], lattice.positions[:, None])
+        logits = joint.combine(lattice.frames[:, :, None], lattice.positions[:, None]) + bonus
         return rnnt_loss(logits, **labels, blank=blank, reduction=reduction)
-    projections = lattice.frames, lattice.positions, weight, joint.output.bias
+    projections = lattice.frames, lattice.positions, weight, joint.output.bias + bonus
     return joint_rnnt_loss(*projections, **labels, blank=blank, reduction=reduction)
 
 
@@ -66,11 +78,12 @@ class TransducerObjective(nn.Module):
     Args:
         model: called as :class:`gq_triton.models.RNNT` is, returns a :class:`gq_triton.models.rnnt.Lattice`.
         ctc_weight: of the auxiliary CTC loss; 0 for none.
+        blank_bonus: see :func:`transducer_loss`.
     """
 
-    def __init__(self, model: nn.Module, ctc_weight: float) -> None:
+    def __init__(self, model: nn.Module, ctc_weight: float = 0.0, blank_bonus: float = 0.0) -> None:
         super().__init__()
-        self.model, self.ctc_weight = model, ctc_weight
+        self.model, self.ctc_weight, self.blank_bonus = model, ctc_weight, blank_bonus
         self.ctc = nn.Linear(model.encoder.output_size, model.config.vocab_size) if ctc_weight else None
         regroup(self)  # the loss asks for the joint's output weight after the model's own call has ended
 
@@ -85,7 +98,8 @@ class TransducerObjective(nn.Module):
         """The loss summed over the batch, in nats; shapes as in :class:`gq_triton.training.data.Batch`, and ``switch``
         as in :meth:`gq_triton.models.rnnt.BifocalEncoder.forward`."""
         lattice = self.model(features, feature_lengths, targets, switch)
-        loss = transducer_loss(self.model.joint, lattice, targets, target_lengths, blank=self.model.blank)
+        blank = dict(blank=self.model.blank, blank_bonus=self.blank_bonus)
+        loss = transducer_loss(self.model.joint, lattice, targets, target_lengths, **blank)
         if self.ctc is None:
             return loss
         ctc = ctc_loss(self.ctc(lattice.encoded), lattice.lengths, targets, target_lengths, blank=self.model.blank)
@@ -116,9 +130,11 @@ class CTCObjective(nn.Module):
         return ctc_loss(logits, lengths, targets, target_lengths, blank=self.model.blank)
 
 
-def objective_of(model: nn.Module, ctc_weight: float) -> TransducerObjective | CTCObjective:
-    """The training loss of a model of either kind; ``ctc_weight`` is of a transducer's auxiliary loss."""
-    return CTCObjective(model) if isinstance(model, CTC) else TransducerObjective(model, ctc_weight)
+def objective_of(
+    model: nn.Module, ctc_weight: float = 0.0, blank_bonus: float = 0.0
+) -> TransducerObjective | CTCObjective:
+    """The training loss of a model of either kind; ``ctc_weight`` and ``blank_bonus`` are of a transducer's."""
+    return CTCObjective(model) if isinstance(model, CTC) else TransducerObjective(model, ctc_weight, blank_bonus)
 
 
 def ctc_loss(logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, *, blank: int) -> Tensor:

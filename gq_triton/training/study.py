@@ -6,13 +6,14 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 import gq_triton as gq
 from gq_triton.speech.recognizer import Recognizer
+from gq_triton.speech.synthetic import spoken_transcripts
 
 from .config import TrainConfig
 from .data import SpeechSet
@@ -21,7 +22,7 @@ from .evaluation import evaluate
 from .recipes import ALLOCATIONS, Recipe
 from .trainer import Trainer
 
-__all__ = ["Row", "mean_bits", "quantize_and_measure", "train_quantized", "train_recognizer"]
+__all__ = ["Row", "mean_bits", "quantize_and_measure", "train_from_scratch", "train_quantized", "train_recognizer"]
 
 Allocation = Mapping[str, gq.GQConfig | None]
 
@@ -73,7 +74,7 @@ def train_recognizer(
         output: folder of the run; an interrupted one goes on from its checkpoint.
         held_out: utterances whose word error rate is measured meanwhile, not trained on.
         description: what else tells this run from others.
-        options: ``overwrite``, ``progress`` and ``tensorboard`` of :class:`Trainer`.
+        options: ``parallel``, ``overwrite``, ``progress`` and ``tensorboard`` of :class:`Trainer`.
     """
 
     def measure() -> dict[str, float]:
@@ -93,6 +94,33 @@ def train_recognizer(
     if is_main():
         recognizer.save(Path(output) / "recognizer.safetensors")
     return recognizer
+
+
+def train_from_scratch(
+    recognizer: Recognizer, recipe: Recipe, data: SpeechSet, output: Path, *, progress: bool = True, **options
+) -> Recognizer:
+    """Trains a new float recognizer as a recipe says, on synthetic voices first where it asks for them.
+
+    Args:
+        recognizer: as :meth:`Recipe.untrained` gives it.
+        recipe: how to train.
+        data: the training set.
+        output: folder of the run, and of a run ``pretraining`` in it.
+        progress, options: of :func:`train_recognizer`.
+
+    Raises:
+        ModuleNotFoundError: synthetic voices are asked for, and espeakng-loader is not installed.
+    """
+    if recipe.pretrain is not None:
+        seed = recipe.train.seed
+        spoken = spoken_transcripts(data.texts, recipe.spoken, seed=seed)
+        voices = SpeechSet(spoken, recognizer.front_end, recognizer.tokenizer, progress=progress and is_main())
+        again = {name: value for name, value in options.items() if name != "held_out"}
+        config = replace(recipe.pretrain, seed=seed)
+        train_recognizer(recognizer, voices, config, output / "pretraining", progress=progress, **again)
+    description = {"initial_weights": _digest(recognizer.model.state_dict())}
+    options |= {"progress": progress, "description": description}
+    return train_recognizer(recognizer, data, recipe.train, output, **options)
 
 
 def train_quantized(

@@ -1,5 +1,6 @@
 import tones
 
+from gq_triton.cli import data as commands
 from gq_triton.speech.datasets import manifest as read_manifest
 
 
@@ -35,3 +36,14 @@ def test_only_published_sets_are_fetched(gq_triton, tmp_path):
 def test_a_set_that_is_there_is_not_fetched_again(gq_triton, tmp_path):
     (tmp_path / "an4").mkdir()
     assert gq_triton.json("data", "download", "an4", "--root", tmp_path) == {"folder": str(tmp_path / "an4")}
+
+
+def test_all_parts_of_librispeech_are_fetched(gq_triton, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(commands, "download", lambda part, root: fetched.append((part, root)))
+    result = gq_triton.json("data", "download", "librispeech", "--root", tmp_path)
+    assert result == {"folder": str(tmp_path / "LibriSpeech")}
+    assert {root for _, root in fetched} == {tmp_path}
+    parts = [part for part, _ in fetched]
+    assert len(parts) == 7
+    assert {"train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-other"} <= set(parts)

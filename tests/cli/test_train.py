@@ -7,6 +7,7 @@ import tones
 from gq_triton.cli.quantization import allocation
 from gq_triton.models import CTC
 from gq_triton.speech.recognizer import Recognizer
+from gq_triton.training import data as training_data
 
 
 def test_training_leaves_a_recognizer_and_its_log(run):
@@ -45,6 +46,34 @@ def test_held_out_speakers_are_measured_and_not_trained_on(gq_triton, manifest, 
     assert ",wer," in (tmp_path / "metrics.csv").read_text()
 
 
+def test_librispeech_comes_all_the_way(gq_triton, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_data, "CACHE_HOURS", 0)  # as of a large set: features are computed by workers
+    spoken = tones.utterances(18)
+    splits = {"train-clean-100": spoken[:8], "train-clean-360": spoken[8:14], "dev-clean": spoken[14:]}
+    root = tones.write_librispeech(tmp_path / "data", splits)
+    data = ("--data", "librispeech", "--root", root, "--split", "train-clean-100", "--split", "train-clean-360")
+    data += ("--evaluate-on", "dev-clean", "--set", "epochs=2", "--set", "batch_seconds=6", "--set", "max_seconds=0.9")
+    result = gq_triton("train", *data, "--preset", "tiny", "--vocab-size", 16, "--output", tmp_path / "float")
+    assert result.exit_code == 0, result.output
+    long = sum(utterance.duration > 0.9 for utterance in spoken[:14])
+    assert f"Warning: {long} of 14 utterances are left out: max_seconds is 0.9" in result.stderr
+    assert (tmp_path / "float" / "metrics.csv").read_text().count(",wer,") == 2
+    settings = json.loads((tmp_path / "float" / "config.json").read_text())["train"]
+    assert (settings["batch_seconds"], settings["time_masks"], settings["precision"] != "auto") == (6.0, 10, True)
+    gq_triton.succeeds("qat", tmp_path / "float", "--bits", 4, *data, "--output", tmp_path / "qat")
+    gq_triton.succeeds("convert", tmp_path / "qat", "--output", tmp_path / "packed.safetensors")
+    options = ("--data", "librispeech", "--root", root, "--split", "dev-clean")
+    assert gq_triton.json("evaluate", tmp_path / "packed.safetensors", *options)["utterances"] == 4
+
+
+def test_another_manifest_is_evaluated_on(gq_triton, manifest, tmp_path):
+    other = tones.write_manifest(tmp_path / "other", tones.utterances(3, seed=1))
+    options = ("--preset", "tiny", "--tokenizer", "word", "--set", "epochs=1", "--set", "speeds=1")
+    data = ("--data", "manifest", "--root", manifest, "--evaluate-on", other)
+    gq_triton.succeeds("train", *data, *options, "--output", tmp_path / "run")
+    assert ",wer," in (tmp_path / "run" / "metrics.csv").read_text()
+
+
 def test_a_conformer_with_ctc_comes_all_the_way(gq_triton, manifest, tmp_path):
     data = ("--data", "manifest", "--root", manifest, "--set", "epochs=1", "--set", "speeds=1")
     model = ("--preset", "conformer-tiny", "--ctc", "--tokenizer", "word")
@@ -79,6 +108,10 @@ def test_quantized_training_keeps_the_widths_asked_for(qat_run):
         (("--set", "epochs=0"), "epochs is 0"),
         (("--preset", "giant"), "'giant'"),
         (("--hold-out", "1"), "--hold-out"),
+        (("--hold-out", "0.5", "--evaluate-on", "test"), "--hold-out and --evaluate-on both say"),
+        (("--evaluate-on", "dev"), "dev"),
+        (("--parallel", "dp"), "'dp'"),
+        (("--set", "precision=half"), "precision is half; allowed: auto, float32, bfloat16"),
         (("--split", "dev"), "dev"),
         (("--data", "manifest", "--root", "a.tsv", "--split", "x"), "--split does not go with it"),
     ],
@@ -103,7 +136,7 @@ def test_a_bad_width_is_named(gq_triton, run, manifest, tmp_path, arguments, mes
 
 
 def test_the_first_of_equal_patterns_wins():
-    options = {"codebook": "float", "activations": "none", "granularity": "channel"}
+    options = {"method": "gq", "codebook": "float", "activations": "none", "granularity": "channel"}
     chosen = allocation(5, ("joint=8", "joint=4", "*=2", "encoder=float"), **options)
     assert {pattern: config and config.bits for pattern, config in chosen.items()} == {
         "joint": 8,

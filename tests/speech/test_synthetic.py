@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from gq_triton.speech import synthetic
-from gq_triton.speech.synthetic import COUNTS, VARIANTS, Request, command_requests, speak, spoken_commands, synthesize
+from gq_triton.speech.synthetic import (
+    COUNTS,
+    VARIANTS,
+    Request,
+    command_requests,
+    speak,
+    spoken_commands,
+    spoken_transcripts,
+    synthesize,
+)
 
 pytest.importorskip("espeakng_loader", reason="espeakng-loader is not installed")
 
@@ -99,6 +108,31 @@ def test_recordings_are_short_audible_and_in_16_bit_steps(tmp_path):
         assert utterance.duration == len(utterance.audio) / 16000
         assert 0.03 < utterance.audio.abs().max() < 1
         assert torch.equal(utterance.audio * 32768, (utterance.audio * 32768).round())
+
+
+def test_transcripts_are_spoken_whole_and_in_pieces_by_many_voices():
+    transcripts = ["A B C", "ENTER SIX TWO", "GO"]
+    spoken = spoken_transcripts(transcripts, 60, seed=2)
+    whole = [utterance.text in transcripts for utterance in spoken]
+    assert 0.3 < sum(whole) / len(whole) < 0.8
+    words = {word for text in transcripts for word in text.split()}
+    assert {word for utterance in spoken for word in utterance.text.split()} == words
+    assert len({utterance.speaker for utterance in spoken}) > 40
+    assert all(len(utterance.audio) == utterance.duration * 16000 > 3000 for utterance in spoken)
+    again = spoken_transcripts(transcripts, 60, seed=2)
+    assert same([u.audio for u in spoken[:8]], [u.audio for u in again[:8]])
+    assert [u.text for u in spoken_transcripts(transcripts, 60, seed=3)] != [u.text for u in spoken]
+
+
+def test_a_letter_is_spoken_by_its_name():
+    request = synthetic._pronounced("A TWO B")
+    assert request == "a. two b."
+
+
+@pytest.mark.parametrize("transcripts, count", [([], 3), ([" "], 3), (["GO"], 0)])
+def test_nothing_to_speak_is_an_error(transcripts, count):
+    with pytest.raises(ValueError, match=f"count is {count}; at least one of each is needed"):
+        spoken_transcripts(transcripts, count)
 
 
 def test_the_default_cache_follows_the_environment(tmp_path, monkeypatch):

@@ -25,16 +25,11 @@ def test_the_rate_at_its_landmarks():
     assert config.rate(99, 100) == pytest.approx(0.05)
 
 
-def test_steps_count_the_last_short_batch():
-    config = TrainConfig(epochs=3, batch_size=8)
-    assert config.steps_per_epoch(17) == 3
-    assert config.total_steps(16) == 6
-
-
 def test_settings_are_read_from_text():
     changed = TrainConfig().changed({"epochs": "7", "learning_rate": "1e-3", "speeds": "0.9,1", "warmup": "0"})
     assert (changed.epochs, changed.learning_rate, changed.speeds, changed.warmup) == (7, 1e-3, (0.9, 1.0), 0.0)
     assert changed.changed({"quantizer_learning_rate": "0.01"}).quantizer_learning_rate == 0.01
+    assert changed.changed({"batch_seconds": "400", "precision": "bfloat16"}).precision == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +48,11 @@ def test_settings_are_read_from_text():
         ({"quantizer_learning_rate": "0"}, "quantizer_learning_rate is 0"),
         ({"speeds": "0,1"}, "speeds"),
         ({"hardness": "4"}, "hardness"),
+        ({"accumulate": "0"}, "accumulate is 0"),
+        ({"batch_seconds": "-1"}, "batch_seconds is -1"),
+        ({"max_seconds": "inf"}, "max_seconds is inf"),
+        ({"precision": "float16"}, "precision is float16; allowed: auto, float32, bfloat16"),
+        ({"join": "0.1", "batch_seconds": "300"}, "join is 0.1; allowed: 0 with batch_seconds"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

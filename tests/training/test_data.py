@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gq_triton.training.data import SpeechSet, epoch_batches, item_duration, load_batches
+from gq_triton.training import TrainConfig
+from gq_triton.training.data import BatchPlan, SpeechSet, item_duration, load_batches
 
 
 class Lengths:
@@ -24,9 +25,17 @@ def speech():
     return SpeechSet(spoken, recognizer.front_end, recognizer.tokenizer, speeds=(0.9, 1.0, 1.1), progress=False)
 
 
+def seconds(data, batch):
+    """Of audio, padding included."""
+    return len(batch) * max(item_duration(data, item) for item in batch)
+
+
+DURATIONS = st.lists(st.floats(0.1, 30), min_size=1, max_size=80)
+
+
 @settings(max_examples=50)
 @given(
-    durations=st.lists(st.floats(0.1, 30), min_size=1, max_size=80),
+    durations=DURATIONS,
     batch_size=st.integers(1, 20),
     seed=st.integers(0, 5),
     epoch=st.integers(0, 5),
@@ -34,39 +43,101 @@ def speech():
 )
 def test_an_epoch_begins_an_item_with_every_utterance_once(durations, batch_size, seed, epoch, join):
     data = Lengths(durations, (0.9, 1.0))
-    batches = epoch_batches(data, batch_size, seed=seed, epoch=epoch, join=join)
+    plan = BatchPlan(data, TrainConfig(batch_size=batch_size, seed=seed, join=join))
+    batches = plan.epoch(epoch)
     items = [item for batch in batches for item in batch]
     assert sorted(item[0][0] for item in items) == list(range(len(durations)))
     assert {speed for item in items for _, speed in item} <= {0.9, 1.0}
     sizes = {len(batch) for batch in batches}
-    assert len(batches) == -(-len(durations) // batch_size)
+    assert len(batches) == len(plan) == -(-len(durations) // batch_size)
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
-    assert batches == epoch_batches(data, batch_size, seed=seed, epoch=epoch, join=join)
+    assert batches == plan.epoch(epoch)
+
+
+@settings(max_examples=100)
+@given(
+    durations=DURATIONS,
+    spare=st.floats(1, 20),
+    speeds=st.sampled_from([(1.0,), (0.9, 1.0, 1.1), (1.2,)]),
+    max_seconds=st.sampled_from([0.0, 5.0, 30.0]),
+    seed=st.integers(0, 5),
+)
+def test_batches_by_seconds_are_as_many_in_every_epoch_and_never_longer(durations, spare, speeds, max_seconds, seed):
+    data = Lengths([0.1, *durations], speeds)
+    kept = [index for index, duration in enumerate(data.durations) if duration <= (max_seconds or 99)]
+    limit = spare * max(data.durations[index] for index in kept) / min(speeds)
+    config = TrainConfig(batch_seconds=limit, max_seconds=max_seconds, seed=seed, curriculum_epochs=1)
+    plan = BatchPlan(data, config)
+    for epoch in range(4):
+        batches = plan.epoch(epoch)
+        assert sorted(len(batch) for batch in batches) == sorted(plan.sizes)
+        assert max(seconds(data, batch) for batch in batches) <= limit * (1 + 1e-12)
+        assert sorted(index for batch in batches for ((index, _),) in batch) == kept
+        assert batches == BatchPlan(data, config).epoch(epoch)
+
+
+def test_batches_by_seconds_are_well_filled_and_have_no_small_rest():
+    draw = torch.Generator().manual_seed(0)
+    durations = (1.5 + 14 * torch.rand(5000, generator=draw)).tolist()
+    data = Lengths(durations, (0.9, 1.0, 1.1))
+    plan = BatchPlan(data, TrainConfig(batch_seconds=300.0))
+    filled = [seconds(data, batch) for epoch in range(2) for batch in plan.epoch(epoch)]
+    assert sum(filled) / len(filled) > 0.8 * 300
+    assert min(plan.sizes) >= 300 // (15.5 / 0.9) // 2
+    played = sum(item_duration(data, item) for batch in plan.epoch(0) for item in batch)
+    assert sum(filled[: len(plan)]) < 1.05 * played  # padding
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_seconds": 2.0}, "max_seconds is 2.0; the shortest utterance has 3.0 s"),
+        ({"batch_seconds": 10.0}, "batch_seconds is 10.0; the longest utterance alone has 10.5 s .* by max_seconds"),
+    ],
+)
+def test_limits_that_leave_nothing_to_do_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BatchPlan(Lengths([3.0, 9.45], (0.9, 1.0)), TrainConfig(**settings))
 
 
 def test_epochs_and_seeds_differ():
-    data = Lengths([1.0 + 0.1 * n for n in range(40)], (0.9, 1.0, 1.1))
-    orders = [epoch_batches(data, 4, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert all(a != b for n, a in enumerate(orders) for b in orders[:n])
+    data = Lengths([10.0 + 0.02 * n for n in range(100)])
+    for limits in ({"batch_size": 4}, {"batch_seconds": 50.0}):
+        plans = [BatchPlan(data, TrainConfig(**limits, seed=seed)) for seed in (0, 1)]
+        orders = [[sorted(batch) for batch in plan.epoch(epoch)] for plan in plans for epoch in (0, 1)]
+        assert all(a != b for n, a in enumerate(orders) for b in orders[:n])
+        batches = [{tuple(batch) for batch in order} for order in orders]
+        assert len(batches[0] & batches[1]) < len(orders[0]) / 2  # neighbours change, not only the order of batches
 
 
 def test_batches_hold_similar_lengths():
     data = Lengths([float(n) for n in range(1, 201)])
-    batches = epoch_batches(data, 10, seed=0, epoch=0)
-    padded = sum(len(batch) * max(item_duration(data, item) for item in batch) for batch in batches)
-    assert padded < 1.15 * sum(data.durations)
+    batches = BatchPlan(data, TrainConfig(batch_size=10)).epoch(0)
+    assert sum(seconds(data, batch) for batch in batches) < 1.15 * sum(data.durations)
+
+
+def test_a_curriculum_is_not_joined_and_begins_with_the_shortest():
+    data = Lengths([float(n) for n in range(1, 41)])
+    plan = BatchPlan(data, TrainConfig(batch_size=4, join=1.0, curriculum_epochs=1))
+    easy, usual = plan.epoch(0), plan.epoch(1)
+    assert {len(item) for batch in easy for item in batch} == {1}
+    assert {len(item) for batch in usual for item in batch} == {2}
+    longest = [max(item_duration(data, item) for item in batch) for batch in easy]
+    assert longest == sorted(longest)
 
 
 def test_joining_follows_an_utterance_with_one_of_its_speaker():
     speakers = [f"s{n % 5}" for n in range(400)]
     data = Lengths([1.0 + n / 100 for n in range(400)], (0.9, 1.1), speakers)
-    items = [item for batch in epoch_batches(data, 8, seed=0, epoch=0, join=0.3) for item in batch]
-    assert sorted(item[0][0] for item in items) == list(range(400))
+    plan = BatchPlan(data, TrainConfig(batch_size=8, join=0.3, max_seconds=4.0))
+    items = [item for batch in plan.epoch(0) for item in batch]
+    assert sorted(item[0][0] for item in items) == list(range(301))
     joined = [item for item in items if len(item) == 2]
-    assert 80 < len(joined) < 160
+    assert 60 < len(joined) < 120
     for (first, speed), (second, other_speed) in joined:
         assert speakers[first] == speakers[second] and speed == other_speed
+        assert data.durations[second] <= 4.0
 
 
 def test_joined_utterances_are_one_after_the_other(speech):

@@ -7,7 +7,8 @@ import torch
 import gq_triton as gq
 from gq_triton.speech.metrics import wer
 from gq_triton.training import SpeechSet
-from gq_triton.training.evaluation import evaluate
+from gq_triton.training.evaluation import evaluate, loss_per_token
+from gq_triton.training.objective import transducer_loss
 
 
 class Parrot:
@@ -71,3 +72,33 @@ def test_a_prepared_recognizer_is_measured_packed(speech):
     assert evaluate(prepared, speech, progress=False).hypotheses == evaluate(packed, speech, progress=False).hypotheses
     assert prepared.stage == "qat"
     assert all(torch.isfinite(parameter).all() for parameter in prepared.parameters())
+
+
+def test_the_loss_is_that_of_all_tokens_however_they_are_batched(speech):
+    recognizer = tones.recognizer(speech.utterances)
+    losses = [loss_per_token(recognizer, speech, batch_size=size) for size in (1, 4, 9)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    alone, tokens = 0.0, 0
+    for index in range(len(speech)):
+        features, targets = speech[((index, 1.0),)]
+        lattice = recognizer.model(features[None], torch.tensor([len(features)]), targets[None])
+        labels = targets[None], torch.tensor([len(targets)])
+        tokens += len(targets)
+        alone += transducer_loss(recognizer.model.joint, lattice, *labels).item()
+    assert losses[0] == pytest.approx(alone / tokens, rel=1e-4)
+
+
+def test_the_loss_of_packed_weights_is_their_own(speech):
+    recognizer = tones.recognizer(speech.utterances)
+    packed = recognizer.packed_copy(gq.GQConfig(bits=1))
+    assert loss_per_token(packed, speech) != pytest.approx(loss_per_token(recognizer, speech), rel=1e-3)
+
+
+def test_the_loss_of_a_bifocal_recognizer_is_of_both_encoders(speech):
+    sizes = {"small_encoder_layers": 2, "small_encoder_hidden": 8}
+    recognizer = tones.recognizer(speech.utterances, **sizes)
+    losses = [loss_per_token(recognizer, speech)]
+    for encoder in (recognizer.model.encoder.small, recognizer.model.encoder.large):
+        torch.nn.init.zeros_(encoder.layers[0].weight_ih_l0)
+        losses.append(loss_per_token(recognizer, speech))
+    assert len(set(losses)) == 3

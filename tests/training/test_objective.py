@@ -171,3 +171,14 @@ def test_reductions():
     torch.testing.assert_close(transducer_loss(*arguments), each.sum())
     with pytest.raises(ValueError, match="reduction is 'median'"):
         transducer_loss(*arguments, reduction="median")
+
+
+@pytest.mark.parametrize("quantize", [plain, weights_quantized, activations_quantized])
+def test_a_blank_bonus_is_as_if_the_bias_had_it(quantize):
+    """Fused and, where activations are quantized, called as a layer."""
+    model = quantize(new_model())
+    favoured, unfavoured = (TransducerObjective(model, blank_bonus=bonus)(**BATCH) for bonus in (1.5, 0.0))
+    with torch.no_grad():
+        model.joint.output.bias[model.blank] += 1.5
+    torch.testing.assert_close(favoured, TransducerObjective(model)(**BATCH))
+    assert not torch.isclose(favoured, unfavoured)

@@ -9,7 +9,13 @@ from gq_triton.speech.recognizer import Recognizer
 from gq_triton.training import SpeechSet, TrainConfig
 from gq_triton.training.evaluation import evaluate
 from gq_triton.training.recipes import ALLOCATIONS, RECIPES
-from gq_triton.training.study import mean_bits, quantize_and_measure, train_quantized, train_recognizer
+from gq_triton.training.study import (
+    mean_bits,
+    quantize_and_measure,
+    train_from_scratch,
+    train_quantized,
+    train_recognizer,
+)
 
 CONFIG = TrainConfig(epochs=2, batch_size=6, learning_rate=1e-2, evaluate_every=1)
 
@@ -66,3 +72,17 @@ def test_a_row_says_what_its_file_does(speech, tmp_path, monkeypatch):
     assert row.bits == mean_bits(report)
     assert 1 < row.bits < 4
     assert {"name", "bits", "ptq_wer", "qat_wer", "bytes", "ratio"} <= row.to_dict().keys()
+
+
+def test_training_from_scratch_starts_on_synthetic_voices(speech, tmp_path):
+    pytest.importorskip("espeakng_loader", reason="espeakng-loader is not installed")
+    recipe = replace(RECIPES["synthetic"], pretrain=CONFIG, spoken=12, train=CONFIG)
+    trained = train_from_scratch(tones.recognizer(speech.utterances), recipe, speech, tmp_path / "a", progress=False)
+    pretrained = Recognizer.load(tmp_path / "a" / "pretraining" / "recognizer.safetensors")
+    alone = train_recognizer(pretrained, speech, CONFIG, tmp_path / "b", progress=False)
+    weights = [made.model.joint.output.weight for made in (trained, alone)]
+    assert torch.equal(*weights)
+    unspoken = replace(recipe, pretrain=None)
+    other = train_from_scratch(tones.recognizer(speech.utterances), unspoken, speech, tmp_path / "c", progress=False)
+    assert not torch.equal(other.model.joint.output.weight, weights[0])
+    assert not (tmp_path / "c" / "pretraining").exists()

@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 
@@ -69,14 +70,14 @@ def test_an_interrupted_run_ends_with_the_same_weights(spoken, speech, tmp_path,
     whole = trainer(new_model(spoken, quantized), speech, tmp_path / "whole").run()
 
     broken = trainer(new_model(spoken, quantized), speech, tmp_path / "broken")
-    update = broken._update
+    update = broken.update
 
     def update_until_killed(*arguments):
         if broken.step == stop:
             raise Killed
         return update(*arguments)
 
-    monkeypatch.setattr(broken, "_update", update_until_killed)
+    monkeypatch.setattr(broken, "update", update_until_killed)
     with pytest.raises(Killed):
         broken.run()
     _, state = load_tensors(tmp_path / "broken" / "checkpoint.safetensors")
@@ -95,14 +96,14 @@ def test_the_average_of_the_parameters_is_evaluated_and_returned(spoken, speech,
     model = new_model(spoken)
     run = trainer(model, speech, tmp_path, config, evaluate=lambda: {"norm": model.joint.output.bias.norm().item()})
     trail = []
-    update = run._update
+    update = run.update
 
     def follow(*arguments):
         result = update(*arguments)
         trail.append(model.joint.output.bias.detach().clone())
         return result
 
-    run._update = follow
+    run.update = follow
     run.run()
     average = trail[0]  # the first update starts the average
     for value in trail[1:]:
@@ -115,7 +116,7 @@ def test_the_average_of_the_parameters_is_evaluated_and_returned(spoken, speech,
 def test_a_curriculum_begins_with_the_shortest(spoken, speech, tmp_path):
     config = TrainConfig(epochs=2, batch_size=3, curriculum_epochs=1)
     run = trainer(new_model(spoken), speech, tmp_path, config)
-    longest = [int(batch.feature_lengths.max()) for batch, _ in run._batches()]
+    longest = [int(batch.feature_lengths.max()) for (batch,), _ in run.batches()]
     assert longest[:4] == sorted(longest[:4])
     assert longest[:4] != longest[4:]
 
@@ -123,7 +124,7 @@ def test_a_curriculum_begins_with_the_shortest(spoken, speech, tmp_path):
 def test_a_finished_run_is_not_repeated(spoken, speech, tmp_path):
     first = trainer(new_model(spoken), speech, tmp_path).run()
     again = trainer(new_model(spoken, seed=7), speech, tmp_path)
-    again._update = None  # calling it would fail
+    again.update = None  # calling it would fail
     again.run()
     assert torch.equal(again.model.joint.output.weight, first.joint.output.weight)
 
@@ -179,14 +180,14 @@ def test_a_damaged_checkpoint_is_named(spoken, speech, tmp_path):
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(spoken, speech, tmp_path):
     model = new_model(spoken)
     run = trainer(model, speech, tmp_path)
-    update = run._update
+    update = run.update
 
     def poisoned(*arguments):
         if run.step == 4:
             model.joint.output.weight.data.fill_(float("nan"))
         return update(*arguments)
 
-    run._update = poisoned
+    run.update = poisoned
     with pytest.raises(FloatingPointError, match="loss is nan at step"):
         run.run()
     tensors, state = load_tensors(tmp_path / "checkpoint.safetensors")
@@ -196,7 +197,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(spoken, speech,
 
 def test_weights_that_the_last_step_destroyed_are_not_saved(spoken, speech, tmp_path):
     run = trainer(new_model(spoken), speech, tmp_path)
-    update = run._update
+    update = run.update
 
     def destroying(*arguments):
         loss = update(*arguments)
@@ -204,7 +205,7 @@ def test_weights_that_the_last_step_destroyed_are_not_saved(spoken, speech, tmp_
             run.model.joint.output.weight.data[0, 0] = torch.inf
         return loss
 
-    run._update = destroying
+    run.update = destroying
     with pytest.raises(FloatingPointError, match="a weight is not finite at step 9"):
         run.run()
     assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == 6
@@ -212,13 +213,12 @@ def test_weights_that_the_last_step_destroyed_are_not_saved(spoken, speech, tmp_
 
 def test_a_failing_evaluation_leaves_the_models_own_weights(spoken, speech, tmp_path):
     run = trainer(new_model(spoken), speech, tmp_path, replace(CONFIG, average_decay=0.9), evaluate=None)
-    run.average.update_parameters(run.model)
-    with torch.no_grad():
-        run.average.module.joint.output.bias.add_(1)
+    run.average.update()
+    run.average.values["joint.output.bias"].add_(1)
     own = run.model.joint.output.bias.clone()
 
     def evaluate_and_fail():
-        with run._averaged():
+        with run._deployed():
             assert not torch.equal(run.model.joint.output.bias, own)
             raise Killed
 
@@ -245,6 +245,94 @@ def test_augmentation_changes_what_is_learned(spoken, speech, tmp_path):
     plain = weight("plain", freq_masks=0, time_masks=0)
     assert torch.equal(plain, weight("again", freq_masks=0, time_masks=0, evaluate_every=1))
     assert not torch.equal(plain, weight("masked", freq_masks=2, time_masks=2))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_micro_batches_add_up_to_the_step_of_the_whole_batch(spoken, speech, tmp_path, quantized):
+    # 12 utterances in batches of 6, their micro-batches of 2, 2, 1 and 1.
+    settings = dict(epochs=2, batch_size=6, freq_masks=0, time_masks=0, ctc_weight=0.3, log_every=1, learning_rate=1e-3)
+    rows, states = [], []
+    for accumulate in (1, 4):
+        run = trainer(
+            new_model(spoken, quantized, dropout=0.0),
+            speech,
+            tmp_path / str(accumulate),
+            TrainConfig(**settings, accumulate=accumulate),
+        )
+        states.append(run.run().state_dict())
+        rows.append(read_metrics(run.output / "metrics.csv"))
+        assert run.step == 4
+        assert run.annealer is None or run.annealer.steps == 4
+    for (step, name, value), other in zip(*rows, strict=True):
+        assert other == (step, name, pytest.approx(value, rel=1e-4))
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_every_micro_batch_has_masks_of_its_own(spoken, speech, tmp_path):
+    run = trainer(new_model(spoken), speech, tmp_path, TrainConfig(batch_size=4, accumulate=2))
+    masked, augmented = [], run._augmented
+
+    def follow(batch, draw):
+        masked.append((augmented(batch, draw) == 0).all(1))  # (B, bins)
+        return masked[-1][..., None, :] * 0 + batch.features
+
+    run._augmented = follow
+    batches, utterances = next(run.batches())
+    assert [len(batch.features) for batch in batches] == [2, 2] and utterances == 4
+    run.update(batches, utterances)
+    assert len({tuple(row.tolist()) for rows in masked for row in rows}) > 2
+
+
+def test_batches_too_small_for_their_parts_are_refused(spoken, speech, tmp_path):
+    with pytest.raises(ValueError, match=r"smallest batch has 2 utterances, too few for 1 processes with 3 micro"):
+        trainer(new_model(spoken), speech, tmp_path, TrainConfig(batch_size=2, accumulate=3))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_steps_are_those_of_batches_by_seconds(spoken, speech, tmp_path):
+    config = TrainConfig(epochs=2, batch_seconds=4.0, max_seconds=0.9, log_every=1)
+    run = trainer(new_model(spoken), speech, tmp_path, config)
+    kept = [utterance for utterance in spoken if utterance.duration <= 0.9]
+    assert 0 < sum(run.plan.sizes) == len(kept) < len(spoken)
+    run.run()
+    assert run.step == run.total_steps == 2 * len(run.plan.sizes)
+    assert len(losses(tmp_path)) == run.total_steps
+    sizes = [len(batch) for batch in run.plan.epoch(0)]
+    assert len(set(sizes)) > 1
+    assert {run.plan.divisor(batch) for batch in run.plan.epoch(0)} == {sum(sizes) / len(sizes)}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("architecture", ["recurrent", "conformer"])
+def test_bfloat16_on_the_cpu_is_near_float32(spoken, speech, tmp_path, architecture, quantized):
+    made = tones.recognizer(spoken, dropout=0.0)
+    if architecture == "conformer":
+        sizes = dict(encoder_layers=1, encoder_size=32, channels=4, dropout=0.0)
+        made.model = model_of(ConformerConfig.preset("tiny", made.tokenizer.vocab_size, **sizes))
+    if quantized:
+        made.prepare(gq.GQConfig(bits=4))
+    settings = dict(epochs=1, batch_size=6, ctc_weight=0.3, log_every=1, freq_masks=0, time_masks=0)
+
+    def history(precision):
+        config = TrainConfig(**settings, precision=precision)
+        run = trainer(copy.deepcopy(made.model), speech, tmp_path / precision, config)
+        dtypes = []
+        run.model.joint.encoder.register_forward_hook(lambda module, arguments, output: dtypes.append(output.dtype))
+        run.run()
+        assert set(dtypes) == {getattr(torch, run.config.precision)}
+        assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+        assert json.loads((run.output / "config.json").read_text())["train"]["precision"] == run.config.precision
+        return losses(run.output)
+
+    exact, near = history("float32"), history("bfloat16")
+    assert near == pytest.approx(exact, rel=0.05)
+    assert near != exact
+
+
+def test_the_precision_follows_the_device_unless_it_is_said(spoken, speech, tmp_path):
+    run = trainer(new_model(spoken), speech, tmp_path)
+    assert run.config.precision == ("bfloat16" if run.device.type == "cuda" else "float32")
 
 
 def test_both_encoders_of_a_bifocal_model_learn(speech, spoken, tmp_path):
