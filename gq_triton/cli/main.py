@@ -7,9 +7,11 @@ import click
 import gq_triton
 from gq_triton.speech.download import DownloadError
 
+from .allocate import allocate
 from .data import data
 from .info import info
 from .quickstart import quickstart
+from .reproduce import reproduce
 from .train import qat, train
 from .tune import tune
 from .use import convert, evaluate, report, transcribe
@@ -40,5 +42,5 @@ def main(traceback: bool) -> None:
     """General Quantizer: train, quantize and use speech recognizers with weights of 1 to 8 bits."""
 
 
-for command in (quickstart, train, qat, evaluate, convert, transcribe, report, data, info, tune):
+for command in (quickstart, train, allocate, qat, evaluate, convert, transcribe, report, data, reproduce, info, tune):
     main.add_command(command)
