@@ -160,8 +160,8 @@ class PackedLayer(QuantizableLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            pieces = self.split(name, 0)
-            if not {f"{piece}_packed" for piece in pieces} <= self.__dict__.get("_modules", {}).keys():
+            pieces, modules = self.split(name, 0), self.__dict__.get("_modules", {})
+            if not all(f"{piece}_packed" in modules for piece in pieces):
                 raise
         if not self.readable:
             raise AttributeError(f"{type(self).__name__}.{name} is packed and cannot be read: decode {name}_packed")

@@ -24,7 +24,7 @@ from .trainer import Trainer
 
 __all__ = ["Row", "mean_bits", "quantize_and_measure", "train_from_scratch", "train_quantized", "train_recognizer"]
 
-Allocation = Mapping[str, gq.GQConfig | None]
+Allocation = Mapping[str, gq.WeightConfig | None]
 
 
 @dataclass(frozen=True)
