@@ -28,7 +28,7 @@ class _Made:
 
 
 @functools.cache
-def twin_of_subclass(kind: type[nn.Module], twin: type[QATLayer | PackedLayer]) -> type:
+def twin_of_subclass(kind: type[nn.Module], twin: type[QATLayer | PackedLayer]) -> type[Any]:
     """Returns the form that ``kind``, a subclass of a torch layer, has where that layer has the form ``twin``."""
     prefix = "QAT" if issubclass(twin, QATLayer) else "Packed"
     return type(f"{prefix}{kind.__name__}", (_Made, kind, twin), {"made_from": (kind, twin)})

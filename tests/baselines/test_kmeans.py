@@ -61,6 +61,12 @@ def test_gaussian_weights_reach_the_optimum_of_max(bits, best):
     assert relative_error(fitted(weight, bits), weight) < 1.03 * best
 
 
+def test_weights_on_a_uniform_grid_are_found_exactly():
+    chosen = torch.randint(64, (4, 40), generator=torch.Generator().manual_seed(46))
+    weight = torch.linspace(-1, 1, 64)[chosen]  # the companded start ends in another minimum
+    assert relative_error(fitted(weight, 6), weight) < 1e-10
+
+
 @pytest.mark.parametrize("codebook", ["int8", "fp8"])
 def test_rounded_codebooks_have_scales_of_their_own(codebook):
     weight = torch.randn(5, 300)
