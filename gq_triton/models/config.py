@@ -269,10 +269,8 @@ class ConformerConfig(TransducerConfig):
 
 def preset(name: str, vocab_size: int, **changes: float) -> RNNTConfig | ConformerConfig:
     """One of :data:`PRESETS` for a vocabulary, with fields changed by keyword."""
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
-    kind, _, size = name.rpartition("-")
-    return (ConformerConfig if kind else RNNTConfig).preset(size, vocab_size, **changes)
+    kind, size = _preset(name)
+    return kind.preset(size, vocab_size, **changes)
 
 
 def config_from_dict(values: dict[str, Any]) -> RNNTConfig | ConformerConfig:
@@ -290,7 +288,15 @@ def config_from_dict(values: dict[str, Any]) -> RNNTConfig | ConformerConfig:
 
 def architecture_of(name: str) -> str:
     """The architecture of one of :data:`PRESETS`."""
-    return (ConformerConfig if "-" in name else RNNTConfig).architecture
+    return _preset(name)[0].architecture
+
+
+def _preset(name: str) -> tuple[type[RNNTConfig] | type[ConformerConfig], str]:
+    """The architecture's class, and which of its own presets it is."""
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
+    kind, _, size = name.rpartition("-")
+    return ConformerConfig if kind else RNNTConfig, size
 
 
 #: All presets: those with a Conformer are ``conformer-SIZE``.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,6 +88,7 @@ def test_without_a_scale_the_codes_still_count(bits):
     limit=st.sampled_from([0.6, 1.0, 1.5]),
     seed=st.integers(0, 2**30),
 )
+@example(gaps=[0.5, 1.0, 1.0], mu=0.001, limit=1.5, seed=1)  # where two terms of the series in mu are too few
 def test_gradients_are_those_of_the_table(gaps, mu, limit, seed):
     """Centroids however uneven, beyond -1 and 1 too; all gradients, in float64."""
     position = torch.tensor([0.0, *gaps]).double().cumsum(0)
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_the_table(gaps, mu, limit, seed):
     inside = (x >= bounds[0]) & (x <= bounds[1])
     torch.testing.assert_close(actual[0] * inside, dweight * inside, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(actual[1], dscale, rtol=1e-7, atol=1e-9)
-    series = {"rtol": 1e-5, "atol": 1e-5} if 0 < mu < fake_quantize_cpu.SMALL_MU else {"rtol": 1e-7, "atol": 1e-9}
+    series = {"rtol": 1e-5, "atol": 1e-6} if 0 < mu < fake_quantize_cpu.SMALL_MU else {"rtol": 1e-7, "atol": 1e-9}
     torch.testing.assert_close(actual[2], dtable, **series)
 
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import tones
 import torch
 
 import gq_triton as gq
+from gq_triton.baselines import KMeansConfig, LSQConfig, S8BQATConfig, UniformConfig
 from gq_triton.files import load_tensors
 from gq_triton.models import ConformerConfig, model_of
 from gq_triton.training import SpeechSet, TrainConfig, Trainer
@@ -25,6 +27,8 @@ CONFIG = TrainConfig(
     log_every=1,
 )
 TOTAL = 9  # steps
+GQ = gq.GQConfig(bits=3)
+RIVALS = [UniformConfig(2), KMeansConfig(2), LSQConfig(2), S8BQATConfig(2, compress_every=3)]
 
 
 class Killed(Exception):
@@ -42,9 +46,9 @@ def speech(spoken):
     return SpeechSet(spoken, made.front_end, made.tokenizer, speeds=CONFIG.speeds, progress=False)
 
 
-def new_model(spoken, quantized: bool = False, **changes) -> torch.nn.Module:
+def new_model(spoken, quantization: gq.WeightConfig | None = None, **changes) -> torch.nn.Module:
     recognizer = tones.recognizer(spoken, **changes)
-    return recognizer.prepare(gq.GQConfig(bits=3)).model if quantized else recognizer.model
+    return recognizer.prepare(quantization).model if quantization else recognizer.model
 
 
 def trainer(model, speech, output, config=CONFIG, **options) -> Trainer:
@@ -55,21 +59,23 @@ def losses(output) -> list[float]:
     return [value for _, name, value in read_metrics(output / "metrics.csv") if name == "loss"]
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_training_lowers_the_loss(spoken, speech, tmp_path, quantized):
+@pytest.mark.parametrize("quantization", [None, GQ])
+def test_training_lowers_the_loss(spoken, speech, tmp_path, quantization):
     config = TrainConfig(epochs=12, batch_size=4, learning_rate=2e-2, log_every=1)
-    trainer(new_model(spoken, quantized), speech, tmp_path, config).run()
+    trainer(new_model(spoken, quantization), speech, tmp_path, config).run()
     history = losses(tmp_path)
     assert len(history) == 36
     assert sum(history[-3:]) < 0.6 * sum(history[:3])
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("stop", [4, 5, 6])
-def test_an_interrupted_run_ends_with_the_same_weights(spoken, speech, tmp_path, monkeypatch, quantized, stop):
-    whole = trainer(new_model(spoken, quantized), speech, tmp_path / "whole").run()
+@pytest.mark.parametrize(
+    "quantization, stop",
+    [*itertools.product([None, GQ], [4, 5, 6]), *((rival, 4) for rival in RIVALS)],
+)
+def test_an_interrupted_run_ends_with_the_same_weights(spoken, speech, tmp_path, monkeypatch, quantization, stop):
+    whole = trainer(new_model(spoken, quantization), speech, tmp_path / "whole").run()
 
-    broken = trainer(new_model(spoken, quantized), speech, tmp_path / "broken")
+    broken = trainer(new_model(spoken, quantization), speech, tmp_path / "broken")
     update = broken.update
 
     def update_until_killed(*arguments):
@@ -84,7 +90,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(spoken, speech, tmp_path,
     assert state["step"] == stop - stop % 3
 
     torch.manual_seed(1234)  # nothing may depend on the state a new process happens to be in
-    resumed = trainer(new_model(spoken, quantized), speech, tmp_path / "broken").run()
+    resumed = trainer(new_model(spoken, quantization), speech, tmp_path / "broken").run()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     whole_rows, resumed_rows = (read_metrics(tmp_path / run / "metrics.csv") for run in ("whole", "broken"))
@@ -229,7 +235,7 @@ def test_a_failing_evaluation_leaves_the_models_own_weights(spoken, speech, tmp_
 
 def test_only_quantized_models_are_annealed(spoken, speech, tmp_path):
     config = TrainConfig(epochs=2, batch_size=4, hardness=(3.0, 30.0))
-    model = new_model(spoken, quantized=True)
+    model = new_model(spoken, GQ)
     trainer(model, speech, tmp_path / "qat", config).run()
     hardness = [float(buffer) for name, buffer in model.named_buffers() if name.endswith("hardness")]
     assert hardness == [pytest.approx(30.0)] * len(hardness) != []
@@ -247,14 +253,14 @@ def test_augmentation_changes_what_is_learned(spoken, speech, tmp_path):
     assert not torch.equal(plain, weight("masked", freq_masks=2, time_masks=2))
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_micro_batches_add_up_to_the_step_of_the_whole_batch(spoken, speech, tmp_path, quantized):
+@pytest.mark.parametrize("quantization", [None, GQ])
+def test_micro_batches_add_up_to_the_step_of_the_whole_batch(spoken, speech, tmp_path, quantization):
     # 12 utterances in batches of 6, their micro-batches of 2, 2, 1 and 1.
     settings = dict(epochs=2, batch_size=6, freq_masks=0, time_masks=0, ctc_weight=0.3, log_every=1, learning_rate=1e-3)
     rows, states = [], []
     for accumulate in (1, 4):
         run = trainer(
-            new_model(spoken, quantized, dropout=0.0),
+            new_model(spoken, quantization, dropout=0.0),
             speech,
             tmp_path / str(accumulate),
             TrainConfig(**settings, accumulate=accumulate),
