@@ -34,7 +34,7 @@ from gq_triton.models.config import architecture_of
 from gq_triton.speech.audio import save_audio
 from gq_triton.speech.datasets import Utterance
 from gq_triton.speech.features import LogMel
-from gq_triton.speech.mel import SAMPLE_RATE, band_centres
+from gq_triton.speech.mel import SAMPLE_RATE
 from gq_triton.speech.tokens import CharTokenizer
 from gq_triton.training import SpeechSet, TrainConfig, Trainer
 from gq_triton.training.data import Item, item_duration
@@ -85,7 +85,6 @@ class RandomSpeech:
         draw = np.random.default_rng(0)
         self.durations = np.interp(draw.uniform(0, 10, UTTERANCES), range(11), DECILES).tolist()
         self.speakers = [None] * UTTERANCES
-        self.frequencies = torch.tensor(band_centres(features, 20.0, 8000.0))
         self.cached = True
 
     def __getitem__(self, item: Item) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from .audio import resample
 
-__all__ = ["FrequencyWarp", "SpecAugment", "add_noise", "random_gain", "random_spans", "speed_perturb"]
+__all__ = ["SpecAugment", "add_noise", "random_gain", "random_spans", "speed_perturb"]
 
 
 class SpecAugment(nn.Module):
@@ -66,45 +66,6 @@ class SpecAugment(nn.Module):
         masked_frames = random_spans(self.time_masks, time_limit, lengths, frames, generator)
         masked = masked_frames[:, :, None] | masked_bins[:, None, :]
         return features.masked_fill(masked.to(features.device), 0.0)
-
-
-class FrequencyWarp(nn.Module):
-    """Stretch the frequency axis of each utterance by a factor of its own, as other vocal tracts would (Jaitly and
-    Hinton, ICML workshop on deep learning for audio, speech and language, 2013).
-
-    Args:
-        frequencies: (F,) rising, centres of the feature bands in Hz.
-        largest: factors are uniform on 1 - largest..1 + largest.
-
-    Raises:
-        ValueError: fewer than two bands, or a largest change outside [0, 1).
-    """
-
-    def __init__(self, frequencies: Tensor, largest: float) -> None:
-        super().__init__()
-        if frequencies.dim() != 1 or len(frequencies) < 2:
-            raise ValueError(f"frequencies must be (F,) with at least 2 bands, got {tuple(frequencies.shape)}")
-        if not 0 <= largest < 1:
-            raise ValueError(f"largest must lie in [0, 1), got {largest}")
-        self.frequencies, self.largest = frequencies.cpu(), largest
-
-    def forward(self, features: Tensor, generator: Generator | None = None) -> Tensor:
-        """Warped copy of features.
-
-        A band gets what its frequency times the factor has, interpolated linearly between the two nearest bands; beyond
-        the outermost centres, the outermost band.
-
-        Args:
-            features: (B, T, F) floating point.
-            generator: CPU generator; default torch's global one.
-        """
-        factors = 1 + self.largest * (2 * torch.rand(len(features), 1, generator=generator) - 1)
-        wanted = self.frequencies * factors
-        upper = torch.searchsorted(self.frequencies, wanted).clamp(1, len(self.frequencies) - 1)
-        low, high = self.frequencies[upper - 1], self.frequencies[upper]
-        share = ((wanted - low) / (high - low)).clamp(0, 1).to(features)
-        upper = upper.to(features.device)[:, None].expand_as(features)
-        return features.gather(2, upper - 1).lerp(features.gather(2, upper), share[:, None])
 
 
 def random_spans(count: int, limits: Tensor, lengths: Tensor, size: int, generator: Generator | None = None) -> Tensor:

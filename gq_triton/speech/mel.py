@@ -18,7 +18,6 @@ __all__ = [
     "SAMPLE_RATE",
     "WINDOW",
     "LogMelSettings",
-    "band_centres",
     "chunk_samples",
     "frame_at",
     "mel_filters",
@@ -101,11 +100,6 @@ def mel_filters(n_mels: int, f_min: float, f_max: float) -> np.ndarray:
     rising = (position - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - position) / (edges[2:] - edges[1:-1])
     return np.minimum(rising, falling).clip(min=0.0).astype(np.float32)
-
-
-def band_centres(n_mels: int, f_min: float, f_max: float) -> np.ndarray:
-    """Frequencies in Hz, float64 (n_mels,), at which the filters peak."""
-    return 700.0 * (10.0 ** (np.linspace(_mel(f_min), _mel(f_max), n_mels + 2)[1:-1] / 2595.0) - 1.0)
 
 
 def _mel(frequency: float) -> float:

@@ -40,7 +40,6 @@ class TrainConfig:
         join: share of the utterances that are followed by another one of their speaker.
         freq_masks, freq_width: SpecAugment: masks per utterance, and their largest width in mel bands.
         time_masks, time_fraction: SpecAugment: masks per utterance, and their largest part of it.
-        warp: largest relative change of an utterance's frequencies (vocal tract length perturbation); 0 for none.
         feature_noise: deviation of the Gaussian noise added to normalised features.
         wake_share: of a bifocal model: share of the utterances whose first part, up to a frame drawn anew each time, is
             taken for a wake word, which is the small encoder's; the large one takes the others whole.
@@ -73,7 +72,6 @@ class TrainConfig:
     freq_width: int = 15
     time_masks: int = 2
     time_fraction: float = 0.05
-    warp: float = 0.0
     feature_noise: float = 0.0
     wake_share: float = 0.5
     hardness: tuple[float, float] = (2.0, 16.0)
@@ -100,7 +98,7 @@ class TrainConfig:
             "max_seconds",
         ):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "zero or more")
-        for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction", "warp", "wake_share"):
+        for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction", "wake_share"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a fraction, 0..1")
         rate = self.quantizer_learning_rate
         _require("quantizer_learning_rate", rate, rate is None or rate > 0, "a positive number or None")

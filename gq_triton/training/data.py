@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from gq_triton.speech.augment import speed_perturb
 from gq_triton.speech.datasets import Utterance
 from gq_triton.speech.features import LogMel
-from gq_triton.speech.mel import band_centres
 from gq_triton.speech.tokens import Tokenizer
 
 from .config import TrainConfig
@@ -66,7 +65,6 @@ class TrainingSet(Protocol):
     durations: Sequence[float]
     speakers: Sequence[str | None]
     speeds: Sequence[float]
-    frequencies: Tensor
     cached: bool
 
     def __getitem__(self, item: Item) -> tuple[Tensor, Tensor]: ...
@@ -103,7 +101,6 @@ class SpeechSet(Dataset):
             raise ValueError(f"speeds is {tuple(speeds)}; positive factors are needed")
         self.utterances = list(utterances)
         self.front_end = front_end
-        self.frequencies = torch.tensor(band_centres(*astuple(front_end.settings)[:3]))
         self.speeds = tuple(speeds)
         self.texts = [utterance.text for utterance in self.utterances]
         bar = tqdm(self.texts, desc="transcripts", unit="utt", leave=False, disable=not progress)

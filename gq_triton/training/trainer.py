@@ -24,7 +24,7 @@ from gq_triton import Annealer, param_groups, penalty
 from gq_triton.files import load_tensors, save_json, save_tensors
 from gq_triton.models.rnnt import BifocalEncoder
 from gq_triton.quantizer import Quantizer
-from gq_triton.speech.augment import FrequencyWarp, SpecAugment
+from gq_triton.speech.augment import SpecAugment
 
 from .average import ParameterAverage
 from .config import TrainConfig
@@ -106,7 +106,6 @@ class Trainer:
             param_groups(self.objective, config.learning_rate, config.weight_decay, config.quantizer_learning_rate)
         )
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.warp = FrequencyWarp(data.frequencies, config.warp)
         self.augment = SpecAugment(config.freq_masks, config.freq_width, config.time_masks, config.time_fraction)
         self.average = ParameterAverage(self.objective.model, config.average_decay) if config.average_decay else None
         self.step = 0
@@ -190,8 +189,7 @@ class Trainer:
         """The batch's features, masked and with noise once the curriculum is over."""
         if self.step < self.config.curriculum_epochs * self.steps_per_epoch:
             return batch.features
-        features = self.warp(batch.features, draw) if self.config.warp else batch.features
-        masked = self.augment(features, batch.feature_lengths, draw)
+        masked = self.augment(batch.features, batch.feature_lengths, draw)
         noise = torch.randn(masked.shape, generator=draw).to(masked)
         return torch.add(masked, noise, alpha=self.config.feature_noise)
 

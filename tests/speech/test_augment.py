@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gq_triton.speech.augment import FrequencyWarp, SpecAugment, add_noise, random_gain, random_spans, speed_perturb
+from gq_triton.speech.augment import SpecAugment, add_noise, random_gain, random_spans, speed_perturb
 
 
 def seeded(seed=0):
@@ -104,43 +104,3 @@ def test_bad_arguments():
         add_noise(torch.rand(1, 10), torch.tensor([10]), 5.0, -5.0)
     with pytest.raises(ValueError, match="lengths"):
         add_noise(torch.rand(2, 10), torch.tensor([10]), 0.0, 5.0)
-
-
-CENTRES = torch.tensor([100.0, 200.0, 400.0, 800.0, 1600.0], dtype=torch.float64)
-
-
-def test_warping_reads_each_band_at_its_frequency_times_the_factor():
-    """Features that are their own frequency show the factor; all frames of an utterance have one."""
-    features = CENTRES.float().expand(400, 3, 5)
-    warped = FrequencyWarp(CENTRES, 0.2)(features, seeded())
-    factors = warped[:, :, 1:4] / features[:, :, 1:4]  # the outermost bands have a neighbour on one side only
-    assert torch.allclose(factors, factors[:, :1, :1].expand_as(factors), rtol=1e-5)
-    drawn = factors[:, 0, 0]
-    assert 0.8 <= drawn.min() < 0.82 and 1.18 < drawn.max() <= 1.2
-    assert abs(drawn.mean() - 1) < 0.02
-    assert (warped[:, :, 0] >= 100).all() and (warped[:, :, 4] <= 1600).all()
-
-
-def test_warping_by_nothing_changes_nothing():
-    features = torch.randn(2, 7, 5)
-    torch.testing.assert_close(FrequencyWarp(CENTRES, 0.0)(features, seeded()), features)
-
-
-def test_warping_follows_the_generator():
-    warp, features = FrequencyWarp(CENTRES, 0.1), torch.randn(3, 7, 5)
-    assert torch.equal(warp(features, seeded(1)), warp(features, seeded(1)))
-    assert not torch.equal(warp(features, seeded(1)), warp(features, seeded(2)))
-
-
-@pytest.mark.parametrize(
-    "arguments, match",
-    [
-        ((CENTRES[:1], 0.1), "at least 2 bands, got"),
-        ((CENTRES[None], 0.1), "frequencies must be"),
-        ((CENTRES, 1.0), "largest must lie in"),
-        ((CENTRES, -0.1), "largest must lie in"),
-    ],
-)
-def test_warps_that_cannot_be_are_refused(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        FrequencyWarp(*arguments)
