@@ -1,7 +1,7 @@
 """Builds the native CPU kernels, a plain shared library with no Python in it; all else is in pyproject.toml.
 
-The library is optional: where it cannot be built, packed layers run on torch. Each kernels/native/isa_*.cpp is compiled
-for its own instruction set, and left out where the compiler does not know that.
+The library is optional: where it cannot be built, packed layers and the quantizer run on torch. Each
+kernels/native/isa_*.cpp is compiled for its own instruction set, and left out where the compiler does not know that.
 """
 
 from __future__ import annotations

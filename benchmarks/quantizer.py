@@ -24,6 +24,7 @@ from harness import Contender, Timing, Wrong
 from torch import Tensor
 
 from gq_triton import functional as F
+from gq_triton.kernels import native
 from gq_triton.kernels.fake_quantize import fake_quantize, reference
 from gq_triton.kernels.tables import build_tables, codebook
 
@@ -46,6 +47,7 @@ class Plan:
         dtypes: of the weight; all but the first one at the main size only, without the plain form.
         compiled: whether to measure what torch.compile makes of the peers, which takes long to compile.
         group: quantizers in a group of tables.
+        instructions: the instruction set of the native kernels, which the operators run on a CPU; None without them.
         timing: of each contender.
     """
 
@@ -56,6 +58,7 @@ class Plan:
     dtypes: tuple[str, ...]
     compiled: bool
     group: int
+    instructions: str | None
     timing: Timing
 
     @classmethod
@@ -64,12 +67,12 @@ class Plan:
             sizes, main, dtypes = (16, 18, 20, 22, 24, 26, 27), 26, ("float32", "bfloat16")
         else:
             sizes, main, dtypes = (16, 18, 20, 22, 24), 20, ("float32",)
-        return cls(sizes, main, tuple(range(1, 9)), (4,), dtypes, True, 192, Timing(seconds=0.5))
+        return cls(sizes, main, tuple(range(1, 9)), (4,), dtypes, True, 192, native.isa(), Timing(seconds=0.5))
 
     @classmethod
     def quick(cls, device: torch.device) -> Plan:
         sizes, main = ((20, 26), 26) if device.type == "cuda" else ((16, 18), 18)
-        return cls(sizes, main, (1, 4, 8), (4,), ("float32",), False, 192, Timing(seconds=0.1))
+        return cls(sizes, main, (1, 4, 8), (4,), ("float32",), False, 192, native.isa(), Timing(seconds=0.1))
 
     def cases(self) -> list[dict]:
         """Tables first, then every size, dtype and pass."""

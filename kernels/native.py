@@ -28,6 +28,9 @@ __all__ = [
     "available",
     "decode_rows",
     "depthwise_conv1d",
+    "encode",
+    "fake_quantize",
+    "fake_quantize_backward",
     "isa",
     "isas",
     "layer_norm",
@@ -40,7 +43,7 @@ __all__ = [
     "use",
 ]
 
-ABI = 3  # GQ_ABI of gq_native.h
+ABI = 4  # GQ_ABI of gq_native.h
 ISAS = ("avx512", "avxvnni", "avx2", "neon", "portable")
 ACTIVATIONS = {"none": 0, "int8": 1, "fp8": 2}
 CODEBOOKS = {"float32": 0, "int8": 1, "float8_e4m3fn": 2}
@@ -66,6 +69,9 @@ _FUNCTIONS = {
     "gq_layer_norm": (c_int32, (*_ARRAY, *_ARRAY, *_ARRAY, c_float, *_ARRAY)),
     "gq_recurrent": (c_int32, (c_void_p,)),
     "gq_depthwise_conv1d": (c_int32, (*_WEIGHT, *_ARRAY, *_ARRAY, *_ARRAY, *[c_int64] * 5, c_int32)),
+    "gq_fake_quantize": (c_int32, (*_ARRAY * 3, c_int32, *_ARRAY, c_int32)),
+    "gq_fake_quantize_backward": (c_int32, (*_ARRAY * 4, c_float, *_ARRAY * 3, c_int32)),
+    "gq_encode": (c_int32, (*_ARRAY * 4, c_int32)),
     "gq_advise_huge": (None, (c_void_p, c_int64)),
 }
 
@@ -364,6 +370,50 @@ def depthwise_conv1d(
     arrays = *_array("x", x, "float32"), *_optional("bias", bias), *_output("out", out)
     options = batch, length, stride, padding, dilation, threads
     _check(_library.gq_depthwise_conv1d(weight.address, *arrays, *options))
+
+
+def fake_quantize(weight: Array, scale: Array, table: Array, soft: bool, out: Array, threads: int = 1) -> None:
+    """out = the quantized weight, by `gq_triton.kernels.fake_quantize`; all arrays float32.
+
+    Args:
+        weight: (C, ...).
+        scale: (C,), or (1,) for all channels.
+        table: (6 K,), flat (`gq_triton.kernels.tables`); its centroids are sorted.
+        soft: the soft instead of the hard value.
+        out: (C, ...).
+        threads: at most so many; they change nothing in the result.
+    """
+    inputs = {"weight": weight, "scale": scale, "table": table}
+    arrays = [number for name, array in inputs.items() for number in _array(name, array, "float32")]
+    _check(_library.gq_fake_quantize(*arrays, soft, *_output("out", out), threads))
+
+
+def fake_quantize_backward(
+    grad: Array,
+    weight: Array,
+    scale: Array,
+    table: Array,
+    straight_through: float,
+    dweight: Array,
+    dscale: Array,
+    dtable: Array | None,
+    threads: int = 1,
+) -> None:
+    """dweight, dscale and, unless it is None, dtable = the gradients for ``grad``, that of the result; arrays and
+    ``threads`` as in `fake_quantize`, and ``straight_through`` is the share of the identity."""
+    inputs = {"grad": grad, "weight": weight, "scale": scale, "table": table}
+    arrays = [number for name, array in inputs.items() for number in _array(name, array, "float32")]
+    table_output = (None, 0) if dtable is None else _output("dtable", dtable)
+    outputs = *_output("dweight", dweight), *_output("dscale", dscale), *table_output
+    _check(_library.gq_fake_quantize_backward(*arrays, straight_through, *outputs, threads))
+
+
+def encode(weight: Array, scale: Array, borders: Array, codes: Array, threads: int = 1) -> None:
+    """codes, uint8 = how many of the sorted ``borders``, float32, at most 255, satisfy ``scale * border < weight``;
+    weight, scale and ``threads`` as in `fake_quantize`."""
+    arrays = (*_array("weight", weight, "float32"), *_array("scale", scale, "float32"))
+    borders = _array("borders", borders, "float32")
+    _check(_library.gq_encode(*arrays, *borders, *_output("codes", codes, "uint8"), threads))
 
 
 class _RecurrentArguments(ctypes.Structure):

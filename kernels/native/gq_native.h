@@ -1,4 +1,4 @@
-/* C interface of the native CPU kernels: packed low-bit layers without torch.
+/* C interface of the native CPU kernels: packed low-bit layers without torch, and the quantizer that trains them.
 
    Every function checks its arguments before it touches anything. It returns 0 (or what its comment says), or -1 with a
    text that gq_error() gives, which names the argument. Counts are of elements unless they are called bytes; arrays are
@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define GQ_ABI 3 /* raised with every change of this file that callers notice */
+#define GQ_ABI 4 /* raised with every change of this file that callers notice */
 
 enum gq_codebook { GQ_FLOAT32 = 0, GQ_INT8 = 1, GQ_E4M3 = 2 }; /* q stands for q, q / 127 and q / 256 */
 enum gq_activations { GQ_NONE = 0, GQ_ACTIVATIONS_INT8 = 1, GQ_ACTIVATIONS_E4M3 = 2 };
@@ -98,6 +98,25 @@ GQ_API int32_t gq_recurrent(const gq_recurrent_arguments *arguments);
 GQ_API int32_t gq_depthwise_conv1d(const gq_weight *weight, const float *x, int64_t x_count, const float *bias,
                                    int64_t bias_count, float *y, int64_t y_count, int64_t batch, int64_t length,
                                    int64_t stride, int64_t padding, int64_t dilation, int32_t threads);
+
+/* Fake quantization as kernels/fake_quantize.py defines it, of a weight whose rows have a scale each: as many rows as
+   there are scales. `table` is a flat table of 6 * 2^bits entries (kernels/tables.py), 1 to 8 bits. */
+GQ_API int32_t gq_fake_quantize(const float *weight, int64_t weight_count, const float *scale, int64_t scales,
+                                const float *table, int64_t table_count, int32_t soft, float *out, int64_t out_count,
+                                int32_t threads);
+
+/* The gradients of weight, scale and table, for that of the result; dtable may be NULL, for none of the table. They do
+   not depend on the number of threads. */
+GQ_API int32_t gq_fake_quantize_backward(const float *grad, int64_t grad_count, const float *weight,
+                                         int64_t weight_count, const float *scale, int64_t scales, const float *table,
+                                         int64_t table_count, float straight_through, float *dweight,
+                                         int64_t dweight_count, float *dscale, int64_t dscale_count, float *dtable,
+                                         int64_t dtable_count, int32_t threads);
+
+/* Codes: how many of up to 255 sorted borders b satisfy scale * b < weight. */
+GQ_API int32_t gq_encode(const float *weight, int64_t weight_count, const float *scale, int64_t scales,
+                         const float *borders, int64_t border_count, uint8_t *codes, int64_t code_count,
+                         int32_t threads);
 
 /* Asks for huge pages for the part of an array that they can hold; does nothing where there are none. */
 GQ_API void gq_advise_huge(void *array, int64_t bytes);

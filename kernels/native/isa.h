@@ -92,6 +92,44 @@ struct Gates {
     int64_t bias_stride = 0;
 };
 
+// The table of a quantizer (kernels/tables.py), with what fake_quantize.h needs of it. Borders and edges are search
+// trees: below node n, the root being 1, are 2 n (less) and 2 n + 1.
+struct Quantizer {
+    float borders[256], values[256];
+    float edges[256], left[256], jump[256], offset[256];
+    float low, high;  // the bounds of x
+    float mu, rate;   // sigma = 1 / (1 + 2^(rate y + offset)), where y is not yet divided by ln(1 + mu)
+    float steepness;  // dq/dx = steepness J sigma (1 - sigma) / (1 + mu |x|)
+    bool small_mu;    // dF/dmu is then x (series[0] + series[1] |x| + ... )
+    float series[5];
+};
+
+// Part of a matrix whose rows have a scale each: numbers begin <= i < end, row after row.
+struct Span {
+    const float* scale;
+    int64_t columns, begin, end;
+
+    // body(first, last, row) for what is there of each row.
+    template <class Body>
+    GQ_INLINE void each_row(const Body& body) const {
+        for (int64_t first = begin, last; first < end; first = last) {
+            const int64_t row = first / columns, next = (row + 1) * columns;
+            last = next < end ? next : end;
+            body(first, last, row);
+        }
+    }
+};
+
+// What the backward pass of a span reads and writes besides.
+struct Backward {
+    const float *grad, *weight;
+    float straight_through;
+    float* dweight;
+    double* dscale;  // of rows that begin in the span
+    double* rest;    // the same of the row before
+    double* table;   // NULL or 3 * 2^bits + 4 sums: of G, G sigma and G d by cell, G d y, dmu, G d below and above
+};
+
 struct Isa {
     const char* name;
     int bundle;  // the most tokens of a bundle
@@ -117,6 +155,12 @@ struct Isa {
 
     // out[32 tiles][16]: that many tiles of a block as floats, column by column; rows beyond the last are 0. [bits]
     void (*decode[9])(const Weight& weight, int64_t block, int64_t first_tile, int64_t tiles, float* out);
+
+    // As kernels/fake_quantize.py defines them; w and the results are those of the whole matrix. [bits]
+    void (*hard[9])(const Quantizer& quantizer, const Span& span, const float* w, float* out);
+    void (*soft[9])(const Quantizer& quantizer, const Span& span, const float* w, float* out);
+    void (*encode[9])(const Quantizer& quantizer, const Span& span, const float* w, uint8_t* codes);
+    void (*backward[9])(const Quantizer& quantizer, const Span& span, const Backward& pass);
 
     // y[t] = bias + sum_j taps[j] x[stride t + dilation j] for 0 <= t < count: 16 channels each.
     void (*depthwise)(const float* taps, int64_t tap_count, const float* x, const float* bias, float* y, int64_t count,

@@ -10,19 +10,11 @@ template <class Simd>
 struct QuantizeKernels {
     using Floats = typename Simd::Floats;
 
-    // 16 numbers from the k-th on, zeros beyond the last.
-    GQ_INLINE static Floats numbers(const float* x, int64_t k, int64_t features) {
-        if (k + 16 <= features) return Simd::load(x + k);
-        float last[16] = {};
-        for (int64_t i = 0; k + i < features; ++i) last[i] = x[k + i];
-        return Simd::load(last);
-    }
-
     static float scale_of(const float* x, int64_t features) {
         const Floats zero = Simd::set(0.0f);
         Floats largest = zero, none = zero;  // the second stays 0 unless a number is not finite
         for (int64_t k = 0; k < features; k += 16) {
-            const Floats values = numbers(x, k, features);
+            const Floats values = Simd::load(x + k, features - k);
             largest = Simd::max(largest, Simd::max(values, Simd::sub(zero, values)));
             none = Simd::add(none, Simd::mul(values, zero));
         }
@@ -49,7 +41,7 @@ struct QuantizeKernels {
         for (int64_t k = 0; k < padded; k += 16) {
             int8_t bytes[16] = {};
             if (usable && k < features) {
-                const Floats rounded = Simd::round(Simd::div(numbers(x, k, features), divisor));
+                const Floats rounded = Simd::round(Simd::div(Simd::load(x + k, features - k), divisor));
                 sums = Simd::add(sums, rounded);
                 Simd::store_bytes(bytes, rounded);
             }

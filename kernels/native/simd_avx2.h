@@ -140,6 +140,24 @@ struct Simd {
     }
 #endif
 
+    static Ints child(Ints node, Floats a, Floats b) {
+        return {child(node.low, a.low, b.low), child(node.high, a.high, b.high)};
+    }
+    static __m256i child(__m256i node, __m256 a, __m256 b) {
+        const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ));  // -1 or 0
+        return _mm256_sub_epi32(_mm256_add_epi32(node, node), less);
+    }
+    static Bytes bytes(Ints a) { return {a.low, a.high}; }
+    static void store_ints(int32_t* to, Ints a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8), a.high);
+    }
+    static void store_codes(uint8_t* to, Ints a) {
+        const __m256i ordered = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.low, a.high), 0xD8);
+        const __m128i low = _mm256_castsi256_si128(ordered), high = _mm256_extracti128_si256(ordered, 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(low, high));
+    }
+
     static Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 
     template <int K>
@@ -187,6 +205,34 @@ struct Simd {
         _mm256_storeu_ps(to, a.low);
         _mm256_storeu_ps(to + 8, a.high);
     }
+    static __m256i first_lanes(int64_t count) {
+        const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+    }
+    static Floats load(const float* from, int64_t count) {
+        if (count >= 16) return load(from);
+        return {_mm256_maskload_ps(from, first_lanes(count)), _mm256_maskload_ps(from + 8, first_lanes(count - 8))};
+    }
+    static void store(float* to, Floats a, int64_t count) {
+        if (count >= 16) return store(to, a);
+        _mm256_maskstore_ps(to, first_lanes(count), a.low);
+        _mm256_maskstore_ps(to + 8, first_lanes(count - 8), a.high);
+    }
+    static constexpr int interleaved(int place) { return place / 8 * 8 + place % 2 * 4 + place / 2 % 4; }
+    static void interleave(float* to, Floats a, Floats b, Floats c) {
+        interleave(to, a.low, b.low, c.low);
+        interleave(to + 32, a.high, b.high, c.high);
+    }
+    static void interleave(float* to, __m256 a, __m256 b, __m256 c) {
+        const __m256 zero = _mm256_setzero_ps();
+        interleave_pairs(to, _mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, zero));
+        interleave_pairs(to + 16, _mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, zero));
+    }
+    static void interleave_pairs(float* to, __m256 ab, __m256 c) {
+        const __m256d first = _mm256_castps_pd(ab), second = _mm256_castps_pd(c);
+        _mm256_storeu_ps(to, _mm256_castpd_ps(_mm256_unpacklo_pd(first, second)));
+        _mm256_storeu_ps(to + 8, _mm256_castpd_ps(_mm256_unpackhi_pd(first, second)));
+    }
     static Floats set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
     static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
     static Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
@@ -194,6 +240,10 @@ struct Simd {
     static Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
     static Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
     static Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+    static Floats if_less(Floats a, Floats b, Floats x, Floats y) {
+        return {_mm256_blendv_ps(y.low, x.low, _mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ)),
+                _mm256_blendv_ps(y.high, x.high, _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ))};
+    }
     static Floats fma(Floats a, Floats b, Floats c) {
         return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
     }
@@ -202,6 +252,12 @@ struct Simd {
     static __m256 power(__m256 a) {
         const __m256i exponent = _mm256_add_epi32(_mm256_cvttps_epi32(a), _mm256_set1_epi32(127));
         return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    }
+
+    static Floats exponent(Floats a) { return {exponent(a.low), exponent(a.high)}; }
+    static __m256 exponent(__m256 a) {
+        const __m256i biased = _mm256_srli_epi32(_mm256_castps_si256(a), 23);
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
     }
 
     static Floats round(Floats a) {

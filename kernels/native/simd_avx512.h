@@ -152,6 +152,16 @@ struct Simd {
         return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(four));
     }
 
+    static Ints child(Ints node, Floats a, Floats b) {
+        const Ints twice = _mm512_add_epi32(node, node);
+        return _mm512_mask_add_epi32(twice, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), twice, set_ints(1));
+    }
+    static Bytes bytes(Ints a) { return a; }
+    static void store_ints(int32_t* to, Ints a) { _mm512_storeu_si512(to, a); }
+    static void store_codes(uint8_t* to, Ints a) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a));
+    }
+
     static Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 
     template <int K>
@@ -189,6 +199,22 @@ struct Simd {
 
     static Floats load(const float* from) { return _mm512_loadu_ps(from); }
     static void store(float* to, Floats a) { _mm512_storeu_ps(to, a); }
+    static __mmask16 first_lanes(int64_t count) {
+        return static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : 0xFFFF);
+    }
+    static Floats load(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
+    static void store(float* to, Floats a, int64_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), a); }
+    static constexpr int interleaved(int place) { return place % 4 * 4 + place / 4; }
+    static void interleave(float* to, Floats a, Floats b, Floats c) {
+        const Floats zero = set(0.0f);
+        interleave_pairs(to, _mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, zero));
+        interleave_pairs(to + 32, _mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, zero));
+    }
+    static void interleave_pairs(float* to, Floats ab, Floats c) {
+        const __m512d first = _mm512_castps_pd(ab), second = _mm512_castps_pd(c);
+        store(to, _mm512_castpd_ps(_mm512_unpacklo_pd(first, second)));
+        store(to + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+    }
     static Floats set(float value) { return _mm512_set1_ps(value); }
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -196,12 +222,17 @@ struct Simd {
     static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
     static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
     static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    static Floats if_less(Floats a, Floats b, Floats x, Floats y) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+    }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
     static Floats power(Floats a) {
         const __m512i exponent = _mm512_add_epi32(_mm512_cvttps_epi32(a), set_ints(127));
         return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
     }
+
+    static Floats exponent(Floats a) { return _mm512_getexp_ps(a); }
 
     static Floats round(Floats a) {
         const Floats large = set(12582912.0f);

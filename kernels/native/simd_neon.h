@@ -144,6 +144,27 @@ struct Simd {
         return sum;
     }
 
+    static Ints child(Ints node, Floats a, Floats b) {
+        for (int i = 0; i < 4; ++i) {
+            const int32x4_t less = vreinterpretq_s32_u32(vcltq_f32(a.at[i], b.at[i]));  // -1 or 0
+            node.at[i] = vsubq_s32(vaddq_s32(node.at[i], node.at[i]), less);
+        }
+        return node;
+    }
+    static Bytes bytes(Ints a) {
+        Bytes result;
+        for (int i = 0; i < 4; ++i) result.at[i] = vreinterpretq_u8_s32(a.at[i]);
+        return result;
+    }
+    static void store_ints(int32_t* to, Ints a) {
+        for (int i = 0; i < 4; ++i) vst1q_s32(to + 4 * i, a.at[i]);
+    }
+    static void store_codes(uint8_t* to, Ints a) {
+        const int16x8_t low = vcombine_s16(vmovn_s32(a.at[0]), vmovn_s32(a.at[1]));
+        const int16x8_t high = vcombine_s16(vmovn_s32(a.at[2]), vmovn_s32(a.at[3]));
+        vst1q_u8(to, vreinterpretq_u8_s8(vcombine_s8(vmovn_s16(low), vmovn_s16(high))));
+    }
+
     static Floats to_floats(Ints a) {
         return {{vcvtq_f32_s32(a.at[0]), vcvtq_f32_s32(a.at[1]), vcvtq_f32_s32(a.at[2]), vcvtq_f32_s32(a.at[3])}};
     }
@@ -194,6 +215,22 @@ struct Simd {
     static void store(float* to, Floats a) {
         for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, a.at[i]);
     }
+    static Floats load(const float* from, int64_t count) {
+        if (count >= 16) return load(from);
+        float some[16] = {};
+        for (int64_t lane = 0; lane < count; ++lane) some[lane] = from[lane];
+        return load(some);
+    }
+    static void store(float* to, Floats a, int64_t count) {
+        if (count >= 16) return store(to, a);
+        float all[16];
+        store(all, a);
+        for (int64_t lane = 0; lane < count; ++lane) to[lane] = all[lane];
+    }
+    static constexpr int interleaved(int place) { return place; }
+    static void interleave(float* to, Floats a, Floats b, Floats c) {
+        for (int i = 0; i < 4; ++i) vst4q_f32(to + 16 * i, {{a.at[i], b.at[i], c.at[i], vdupq_n_f32(0.0f)}});
+    }
     static Floats set(float value) {
         return {{vdupq_n_f32(value), vdupq_n_f32(value), vdupq_n_f32(value), vdupq_n_f32(value)}};
     }
@@ -207,6 +244,10 @@ struct Simd {
     static Floats min(Floats a, Floats b) {
         return each(a, b, [](auto x, auto y) { return vbslq_f32(vcltq_f32(x, y), x, y); });
     }
+    static Floats if_less(Floats a, Floats b, Floats x, Floats y) {
+        for (int i = 0; i < 4; ++i) x.at[i] = vbslq_f32(vcltq_f32(a.at[i], b.at[i]), x.at[i], y.at[i]);
+        return x;
+    }
     static Floats fma(Floats a, Floats b, Floats c) {
         for (int i = 0; i < 4; ++i) c.at[i] = vfmaq_f32(c.at[i], a.at[i], b.at[i]);
         return c;
@@ -216,6 +257,14 @@ struct Simd {
         for (int i = 0; i < 4; ++i) {
             const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(a.at[i]), vdupq_n_s32(127));
             a.at[i] = vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+        }
+        return a;
+    }
+
+    static Floats exponent(Floats a) {
+        for (int i = 0; i < 4; ++i) {
+            const int32x4_t biased = vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_f32(a.at[i]), 23));
+            a.at[i] = vcvtq_f32_s32(vsubq_s32(biased, vdupq_n_s32(127)));
         }
         return a;
     }

@@ -75,6 +75,28 @@ struct Simd {
         return sum;
     }
 
+    // 2 node + 1 where a < b, 2 node elsewhere: a step down a search tree.
+    GQ_CALLED static Ints child(Ints node, Floats a, Floats b) {
+        for (int lane = 0; lane < 16; ++lane) node.at[lane] = 2 * node.at[lane] + (a.at[lane] < b.at[lane]);
+        return node;
+    }
+
+    // Numbers from 0 to 255 as column 0 of rows of bytes, the other columns 0: what tables look up.
+    GQ_CALLED static Bytes bytes(Ints a) {
+        Bytes result = {};
+        for (int lane = 0; lane < 16; ++lane) result.at[4 * lane] = static_cast<uint8_t>(a.at[lane]);
+        return result;
+    }
+
+    static void store_ints(int32_t* to, Ints a) {
+        for (int lane = 0; lane < 16; ++lane) to[lane] = a.at[lane];
+    }
+
+    // Numbers from 0 to 255 to 16 bytes.
+    static void store_codes(uint8_t* to, Ints a) {
+        for (int lane = 0; lane < 16; ++lane) to[lane] = static_cast<uint8_t>(a.at[lane]);
+    }
+
     static Floats to_floats(Ints a) {
         Floats result;
         for (int lane = 0; lane < 16; ++lane) result.at[lane] = static_cast<float>(a.at[lane]);
@@ -118,6 +140,23 @@ struct Simd {
     static void store(float* to, Floats a) {
         for (int lane = 0; lane < 16; ++lane) to[lane] = a.at[lane];
     }
+    // Only the first `count` lanes, all where there are more than 16; the others are loaded as zeros.
+    GQ_CALLED static Floats load(const float* from, int64_t count) {
+        Floats result = {};
+        for (int lane = 0; lane < 16 && lane < count; ++lane) result.at[lane] = from[lane];
+        return result;
+    }
+    GQ_CALLED static void store(float* to, Floats a, int64_t count) {
+        for (int lane = 0; lane < 16 && lane < count; ++lane) to[lane] = a.at[lane];
+    }
+    // to[4 place + 0, 1, 2, 3] = a, b, c, 0 of the lane that is interleaved(place).
+    static constexpr int interleaved(int place) { return place; }
+    GQ_CALLED static void interleave(float* to, Floats a, Floats b, Floats c) {
+        for (int lane = 0; lane < 16; ++lane) {
+            const float four[4] = {a.at[lane], b.at[lane], c.at[lane], 0.0f};
+            __builtin_memcpy(to + 4 * lane, four, sizeof four);
+        }
+    }
     static Floats set(float value) {
         Floats result;
         for (int lane = 0; lane < 16; ++lane) result.at[lane] = value;
@@ -130,6 +169,11 @@ struct Simd {
     // The second where the first is NaN, as x86 has it.
     static Floats max(Floats a, Floats b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
     static Floats min(Floats a, Floats b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
+    // x where a < b, y elsewhere.
+    GQ_CALLED static Floats if_less(Floats a, Floats b, Floats x, Floats y) {
+        for (int lane = 0; lane < 16; ++lane) x.at[lane] = a.at[lane] < b.at[lane] ? x.at[lane] : y.at[lane];
+        return x;
+    }
     GQ_CALLED static Floats fma(Floats a, Floats b, Floats c) { return add(mul(a, b), c); }
 
     // 2^a of integers -126 <= a <= 127.
@@ -140,6 +184,16 @@ struct Simd {
             __builtin_memcpy(&result.at[lane], &bits, 4);
         }
         return result;
+    }
+
+    // The largest integer k with 2^k <= a, of normal a > 0.
+    GQ_CALLED static Floats exponent(Floats a) {
+        for (int lane = 0; lane < 16; ++lane) {
+            uint32_t bits;
+            __builtin_memcpy(&bits, &a.at[lane], 4);
+            a.at[lane] = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
+        }
+        return a;
     }
 
     // To the nearest integer, ties to even; |a| < 2^22.

@@ -19,6 +19,7 @@ TINY = quantizer.Plan(
     dtypes=("float32", "bfloat16"),
     compiled=False,
     group=3,
+    instructions=None,
     timing=Timing(seconds=0.001, least=2, most=3),
 )
 

@@ -300,7 +300,7 @@ def test_compiled_whole(make_quantizer):
         torch.testing.assert_close(mine, theirs)
 
 
-# --- both implementations: CPU, and Triton on a GPU or in its interpreter ---------------------------------------------
+# --- all implementations: native, torch, and Triton on a GPU or in its interpreter ------------------------------------
 
 
 class Implementation:
@@ -323,11 +323,11 @@ class Implementation:
         return dweights[0], dscale, dtables[0]
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def implementation(request):
-    if request.param == "cpu":
-        return Implementation(torch.device("cpu"), triton=False)
-    return Implementation(request.getfixturevalue("kernel_device"), triton=True)
+@pytest.fixture
+def implementation(kernels, request):
+    if kernels == "triton":
+        return Implementation(request.getfixturevalue("kernel_device"), triton=True)
+    return Implementation(torch.device("cpu"), triton=False)
 
 
 SHAPES = [((3, 37), True), ((2, 5, 3), True), ((2, 150), False), ((1, 1), True)]

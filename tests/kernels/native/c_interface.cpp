@@ -301,6 +301,125 @@ void compare_layer_norm(Random& random) {
     for_each_isa([&](const std::string& isa) { require(same(norm.run(), expected), "a norm differs on " + isa); });
 }
 
+struct Fake {
+    int64_t rows, columns;
+    FlatTable table;
+    Exact<float> weight, scale, grad;
+    float straight_through;
+
+    explicit Fake(Random& random, int64_t most = 60)
+        : rows(random.between(1, 5)),
+          columns(random.between(1, most)),
+          table(random, static_cast<int>(random.between(1, 8))),
+          weight(random_reals(random, rows * columns)),
+          scale(random.one_in(3) ? 1 : rows),
+          grad(random_reals(random, rows * columns)),
+          straight_through(random.one_in(2) ? 0.25f : 0.0f) {
+        for (float& value : scale) value = random.one_in(5) ? 0.0f : 0.2f + fabsf(random.real());
+    }
+
+    float scale_of(int64_t i) const { return scale[i / (weight.size() / scale.size())]; }
+    FakeQuantized of(int64_t i) const { return {table, weight[i], scale_of(i)}; }
+
+    Exact<float> forward(bool soft, int32_t threads) const {
+        Exact<float> out(weight.size());
+        succeed(gq_fake_quantize(weight.data(), weight.size(), scale.data(), scale.size(), table.of.data(),
+                                 table.of.size(), soft, out.data(), out.size(), threads),
+                "gq_fake_quantize");
+        return out;
+    }
+
+    Exact<uint8_t> encode(int32_t threads) const {
+        Exact<uint8_t> codes(weight.size());
+        succeed(gq_encode(weight.data(), weight.size(), scale.data(), scale.size(), table.of.data(), table.levels - 1,
+                          codes.data(), codes.size(), threads),
+                "gq_encode");
+        return codes;
+    }
+
+    // The gradients of weight, scale and table in a row.
+    Exact<float> backward(int32_t threads, bool with_table = true) const {
+        const int64_t n = weight.size();
+        Exact<float> dweight(n), dscale(scale.size()), dtable(table.of.size()), all(n + dscale.size() + dtable.size());
+        succeed(gq_fake_quantize_backward(grad.data(), n, weight.data(), n, scale.data(), scale.size(), table.of.data(),
+                                          table.of.size(), straight_through, dweight.data(), n, dscale.data(),
+                                          dscale.size(), with_table ? dtable.data() : nullptr,
+                                          with_table ? dtable.size() : 0, threads),
+                "gq_fake_quantize_backward");
+        float* to = all.data();
+        for (const Exact<float>* array : {&dweight, &dscale, &dtable})
+            for (const float value : *array) *to++ = value;
+        return all;
+    }
+
+    // (gradient, the sum of its terms' sizes), as `backward` has them.
+    std::vector<std::pair<double, double>> expected() const {
+        const int64_t n = weight.size(), levels = table.levels, parts = n + scale.size() + 3 * levels - 1;
+        std::vector<std::pair<double, double>> all(n + scale.size() + table.of.size());
+        const auto add = [&](int64_t to, double term) { all[to].first += term, all[to].second += fabs(term); };
+        for (int64_t i = 0; i < n; ++i) {
+            const FakeQuantized at = of(i);
+            const double g = grad[i], s = scale_of(i), through = g * s * at.d;
+            const double m = (1.0 - straight_through) * at.slope + straight_through;
+            add(i, g * m);
+            add(n + i / (n / scale.size()), g * at.q);
+            if (!at.side && s > 0) add(n + i / (n / scale.size()), -g * m * weight[i] / s);
+            add(parts + at.cell, g * s);
+            add(parts + levels - 1 + at.cell, g * s * at.sigma);
+            add(parts + 2 * (levels - 1) + at.cell, through);
+            add(parts + 3 * (levels - 1), through * at.y);
+            add(parts + 3 * (levels - 1) + 1, table.curve(0) * through * at.slope_mu);
+            if (at.side) add(parts + 3 * (levels - 1) + (at.side < 0 ? 2 : 3), table.curve(0) * through);
+        }
+        return all;
+    }
+};
+
+// Codes and hard values to the bit.
+void compare_fake(Random& random) {
+    const Fake fake(random);
+    const auto expected = fake.expected();
+    for_each_isa([&](const std::string& isa) {
+        const Exact<float> hard = fake.forward(false, 1), soft = fake.forward(true, 1), grads = fake.backward(1);
+        const Exact<uint8_t> codes = fake.encode(1);
+        for (int64_t i = 0; i < hard.size(); ++i) {
+            const FakeQuantized at = fake.of(i);
+            require(codes[i] == at.code, "a code is wrong on " + isa);
+            const float value = fake.scale_of(i) * fake.table.value(at.code) + 0.0f;
+            require(same(hard[i], value), "a hard value is wrong on " + isa);
+            require(fabs(soft[i] - fake.scale_of(i) * at.q) <= 1e-5, "a soft value is wrong on " + isa);
+        }
+        for (size_t i = 0; i < expected.size(); ++i) {
+            const double error = fabs(grads[i] - expected[i].first), most = 1e-3 * expected[i].second + 1e-6;
+            require(error <= most, "gradient " + std::to_string(i) + " is off by " + std::to_string(error) + " on " +
+                                       isa + ", " + std::to_string(fake.table.levels) + " levels");
+        }
+        const Exact<float> alone = fake.backward(1, false);
+        for (int64_t i = 0; i < hard.size() + fake.scale.size(); ++i)
+            require(same(alone[i], grads[i]), "the table's gradient changes others on " + isa);
+    });
+    for (float& value : fake.weight) value = random.any_real();
+    for_each_isa([&](const std::string& isa) {
+        const Exact<float> hard = fake.forward(false, 1), soft = fake.forward(true, 1), grads = fake.backward(1);
+        for (int64_t i = 0; i < hard.size(); ++i) {
+            const bool finite = std::isfinite(fake.weight[i]);
+            require(std::isfinite(hard[i]) == finite && std::isfinite(soft[i]) == finite &&
+                        std::isfinite(grads[i]) == finite,
+                    "what is not finite gives something else on " + isa);
+        }
+    });
+}
+
+// Weights that several threads share.
+void share_fake(Random& random) {
+    const Fake fake(random, 30000);
+    require(same(fake.forward(false, 1), fake.forward(false, 3)), "threads change hard values");
+    require(same(fake.forward(true, 1), fake.forward(true, 3)), "threads change soft values");
+    require(same(fake.backward(1), fake.backward(3)), "threads change gradients");
+    const Exact<uint8_t> codes = fake.encode(1), shared = fake.encode(3);
+    require(!memcmp(codes.data(), shared.data(), codes.size()), "threads change codes");
+}
+
 // Every width and codebook on a ragged shape first, then whatever comes.
 void compare(uint64_t seed, int64_t rounds) {
     Random random(seed);
@@ -313,6 +432,7 @@ void compare(uint64_t seed, int64_t rounds) {
         compare_recurrent(random);
         compare_depthwise(random);
         compare_layer_norm(random);
+        compare_fake(random);
     }
     const std::vector<std::string> names = isas();
     printf("agree:");
@@ -582,6 +702,53 @@ void fuzz_depthwise(Random& random) {
     });
 }
 
+// What a table holds may be anything.
+void fuzz_fake(Random& random) {
+    const Fake fake(random);
+    for (const Exact<float>* array : {&fake.weight, &fake.scale, &fake.table.of, &fake.grad})
+        for (float& value : *array) value = random.any_real();
+    Exact<float> results(fake.weight.size()), scales(fake.scale.size()), tables(fake.table.of.size());
+    Exact<uint8_t> numbers(fake.weight.size());
+    const float *weight = fake.weight.data(), *scale = fake.scale.data(), *table = fake.table.of.data();
+    const float *grad = fake.grad.data(), *borders = table;
+    float *out = results.data(), *dscale = scales.data(), *dtable = tables.data();
+    uint8_t* codes = numbers.data();
+    int64_t weight_count = fake.weight.size(), out_count = weight_count, grad_count = weight_count;
+    int64_t code_count = weight_count, scale_count = fake.scale.size(), dscale_count = scale_count;
+    int64_t table_count = fake.table.of.size(), dtable_count = table_count, border_count = fake.table.levels - 1;
+    int32_t soft = random.one_in(2), threads = 2;
+    const Field weights = field("weight", POINTER, &weight), sizes = field("weight_count", COUNT, &weight_count);
+    const Field of_scale = field("scale", POINTER, &scale), thread = field("threads", CHOICE, &threads);
+    attack(random, "gq_fake_quantize",
+           {weights, sizes, of_scale, field("scales", LENGTH, &scale_count), field("table", POINTER, &table),
+            field("table_count", LENGTH, &table_count), field("soft", CHOICE, &soft), field("out", POINTER, &out),
+            field("out_count", COUNT, &out_count), thread},
+           [&] {
+               return gq_fake_quantize(weight, weight_count, scale, scale_count, table, table_count, soft, out,
+                                       out_count, threads);
+           });
+    attack(random, "gq_encode",
+           {weights, sizes, of_scale, field("scales", LENGTH, &scale_count), field("borders", POINTER, &borders),
+            field("border_count", LENGTH, &border_count), field("codes", POINTER, &codes),
+            field("code_count", COUNT, &code_count), thread},
+           [&] {
+               return gq_encode(weight, weight_count, scale, scale_count, borders, border_count, codes, code_count,
+                                threads);
+           });
+    attack(random, "gq_fake_quantize_backward",
+           {weights, sizes, of_scale, field("scales", COUNT, &scale_count), field("table", POINTER, &table),
+            field("table_count", COUNT, &table_count), field("grad", POINTER, &grad),
+            field("grad_count", COUNT, &grad_count), field("dweight", POINTER, &out),
+            field("dweight_count", COUNT, &out_count), field("dscale", POINTER, &dscale),
+            field("dscale_count", COUNT, &dscale_count), field("dtable", OPTIONAL, &dtable),
+            field("dtable_count", COUNT, &dtable_count), thread},
+           [&] {
+               return gq_fake_quantize_backward(grad, grad_count, weight, weight_count, scale, scale_count, table,
+                                                table_count, 0.1f, out, out_count, dscale, dscale_count, dtable,
+                                                dtable_count, threads);
+           });
+}
+
 void fuzz_the_rest(Random& random) {
     const std::string before = gq_isa();
     for (const char* name : {"", "avx", "portable,", "torch", "avx5120000000000000000000000000000000000000000000"})
@@ -610,6 +777,7 @@ void fuzz(uint64_t seed, int64_t seconds) {
         fuzz_recurrent(random);
         fuzz_depthwise(random);
         fuzz_layer_norm(random);
+        fuzz_fake(random);
         fuzz_the_rest(random);
     }
     printf("%lld rounds\n", (long long)rounds);
@@ -630,6 +798,7 @@ void call_everything(uint64_t seed, int64_t rounds) {
         Depthwise(random, 1000).run(3);
         const Norm norm(random, 2000);
         require(same(norm.run(), norm.run()), "a norm is not repeatable");
+        share_fake(random);
         require(gq_use_isa(nullptr) == -1 && strlen(gq_error()) > 8, "each thread has its own error");
     }
 }

@@ -311,3 +311,76 @@ struct Recurrent {
               1};
     }
 };
+
+// --- fake quantization -----------------------------------------------------------------------------------------------
+
+// A flat table as kernels/tables.py defines it, of random centroids; its parts begin at multiples of K, see there.
+struct FlatTable {
+    int levels;
+    float mu;
+    Exact<float> of;
+
+    FlatTable(Random& random, int bits) : levels(1 << bits), mu(random.one_in(3) ? 0.0f : 255.0f), of(6 * levels) {
+        mu *= random.one_in(2) ? 1.0f : 1e-4f;
+        std::vector<double> z(levels), c(levels);
+        const double limit = random.one_in(2) ? 1.0 : 0.8;
+        for (int i = 0; i < levels; ++i) {
+            const double step = 2.0 / (levels - 1), shift = i && i < levels - 1 ? 0.3 * step * random.real() : 0.0;
+            z[i] = limit * (i * step - 1.0 + shift);
+            c[i] = expand(z[i]);
+        }
+        const double kappa = (1.0 + 3.0 * fabs(random.real())) * (levels - 1) / (2.0 * limit);
+        float* to = of.data();
+        for (int i = 0; i < levels - 1; ++i) *to++ = static_cast<float>(expand((z[i] + z[i + 1]) / 2));
+        for (int i = 0; i < levels; ++i) *to++ = static_cast<float>(c[i]);
+        for (int i = 1; i < levels - 1; ++i) *to++ = static_cast<float>(z[i]);
+        *to++ = static_cast<float>(c[0]), *to++ = static_cast<float>(c[levels - 1]);
+        for (int j = 0; j < levels - 1; ++j, ++to) {
+            double mass[2] = {}, moment[2] = {};  // of the centroids to the left and to the right
+            for (int i = 0; i < levels; ++i) {
+                const double factor = exp(-kappa * fabs(z[i] - z[i > j ? j + 1 : j]));
+                mass[i > j] += factor, moment[i > j] += factor * c[i];
+            }
+            to[0] = static_cast<float>(moment[0] / mass[0]);
+            to[levels - 1] = static_cast<float>(moment[1] / mass[1] - moment[0] / mass[0]);
+            to[2 * (levels - 1)] = static_cast<float>(log(mass[1] / mass[0]) - kappa * (z[j] + z[j + 1]));
+        }
+        to += 2 * (levels - 1);
+        to[0] = static_cast<float>(2 * kappa), to[1] = mu;
+        to[2] = static_cast<float>(z[0]), to[3] = static_cast<float>(z[levels - 1]);
+    }
+
+    double safe_mu() const { return mu > 1e-9 ? mu : 1e-9; }
+    double compress(double x) const { return copysign(log1p(safe_mu() * fabs(x)) / log1p(safe_mu()), x); }
+    double expand(double y) const { return copysign(expm1(fabs(y) * log1p(safe_mu())) / safe_mu(), y); }
+    float value(int code) const { return of[levels - 1 + code]; }
+    float bound(int side) const { return of[3 * levels - 3 + side]; }
+    double left(int cell) const { return of[3 * levels - 1 + cell]; }
+    double jump(int cell) const { return of[4 * levels - 2 + cell]; }
+    double offset(int cell) const { return of[5 * levels - 3 + cell]; }
+    double curve(int i) const { return of[6 * levels - 4 + i]; }
+};
+
+// What one weight comes to, as kernels/fake_quantize.py has it.
+struct FakeQuantized {
+    int code = 0, cell = 0;
+    double q, y, sigma, d, slope, slope_mu;  // slopes of q in x, and of y in mu
+    int side = 0;                            // -1 below the bounds, 1 above
+
+    FakeQuantized(const FlatTable& table, float weight, float scale) {
+        for (int i = 0; i < table.levels - 1; ++i) code += scale * table.of[i] < weight;
+        double x = scale == 0.0f ? 0.0 : static_cast<double>(weight) / scale;
+        side = x < table.bound(0) ? -1 : x > table.bound(1);
+        if (side) x = table.bound(side > 0);
+        y = table.compress(x);
+        for (int i = 0; i < table.levels - 2; ++i) cell += table.of[2 * table.levels - 1 + i] < y;
+        sigma = 1.0 / (1.0 + exp(-table.curve(0) * y - table.offset(cell)));
+        q = table.left(cell) + table.jump(cell) * sigma;
+        d = table.jump(cell) * sigma * (1.0 - sigma);
+        const double mu = table.safe_mu(), length = log1p(mu), grown = 1.0 + mu * fabs(x);
+        slope = d * table.curve(0) * mu / (length * grown);
+        const double size = fabs(x), series = 0.5 * size * (1.0 - size);  // of a mu that counts as 0
+        const double closed = (size / grown - fabs(y) / (1.0 + mu)) / length;
+        slope_mu = side ? 0.0 : copysign(mu > 1e-9 ? closed : series, x);
+    }
+};

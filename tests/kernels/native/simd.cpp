@@ -197,6 +197,81 @@ void check_whole_numbers() {
     check(!memcmp(expected_bytes, bytes, 16), "store_bytes");
 }
 
+// Borders and numbers among which some are equal; the first nodes of trees.
+template <class S>
+void tree_step(const float* a, const float* b, const int32_t* nodes, int32_t* children, uint8_t* codes, uint8_t* low) {
+    typename S::Ints node;
+    memcpy(&node, nodes, sizeof node);
+    S::store_ints(children, S::child(node, S::load(a), S::load(b)));
+    S::store_codes(codes, node);
+    uint8_t bytes[64];
+    write_bytes<S>(bytes, S::bytes(node));
+    for (int lane = 0; lane < 16; ++lane) low[lane] = bytes[4 * lane];
+}
+
+void check_trees() {
+    float a[16], b[16];
+    int32_t nodes[16], expected[16], got[16];
+    uint8_t expected_codes[16], codes[16], expected_low[16], low[16];
+    for (int i = 0; i < 16; ++i) {
+        a[i] = random_float(), b[i] = random_bits() % 4 ? random_float() : a[i];
+        nodes[i] = static_cast<int32_t>(random_bits() % 256);
+    }
+    tree_step<Expected>(a, b, nodes, expected, expected_codes, expected_low);
+    tree_step<Simd>(a, b, nodes, got, codes, low);
+    check(!memcmp(expected, got, sizeof got), "child, store_ints");
+    check(!memcmp(expected_codes, codes, 16), "store_codes");
+    check(!memcmp(expected_low, low, 16), "bytes");
+}
+
+template <class S>
+void choose(const float* a, const float* b, const float* x, const float* y, float* result) {
+    S::store(result, S::if_less(S::load(a), S::load(b), S::load(x), S::load(y)));
+}
+
+void check_choice() {
+    float a[16], b[16], x[16], y[16], positive[16], expected[16], got[16];
+    for (int i = 0; i < 16; ++i) {
+        a[i] = random_float(), b[i] = random_float(), x[i] = random_float(), y[i] = random_float();
+        positive[i] = ldexpf(1.0f + static_cast<float>(random_bits() % 1024) / 1024.0f, random_bits() % 254 - 126);
+    }
+    choose<Expected>(a, b, x, y, expected);
+    choose<Simd>(a, b, x, y, got);
+    check(same(expected, got, 16), "if_less");
+    Expected::store(expected, Expected::exponent(Expected::load(positive)));
+    Simd::store(got, Simd::exponent(Simd::load(positive)));
+    check(same(expected, got, 16), "exponent");
+}
+
+// The rest of a row: neither more nor less of it.
+void check_rest() {
+    const int count = static_cast<int>(random_bits() % 20) + 1, there = count < 16 ? count : 16;
+    float numbers[16], loaded[16], stored[17];
+    for (float& number : numbers) number = random_float();
+    Simd::store(loaded, Simd::load(numbers, count));
+    memset(stored, 0xFF, sizeof stored);
+    Simd::store(stored, Simd::load(numbers), count);
+    for (int i = 0; i < 16; ++i) {
+        const float zero = 0.0f;
+        check(same(loaded + i, i < there ? numbers + i : &zero, 1), "load", count);
+        check(i < there ? same(stored + i, numbers + i, 1) : isnan(stored[i]), "store", count);
+    }
+}
+
+void check_interleaved() {
+    float a[16], b[16], c[16], all[64];
+    for (int i = 0; i < 16; ++i) a[i] = random_float(), b[i] = random_float(), c[i] = random_float();
+    Simd::interleave(all, Simd::load(a), Simd::load(b), Simd::load(c));
+    uint32_t lanes = 0;
+    for (int place = 0; place < 16; ++place) {
+        const int lane = Simd::interleaved(place);
+        const float expected[4] = {a[lane], b[lane], c[lane], 0.0f};
+        check(same(expected, all + 4 * place, 4), "interleave", place);
+        lanes |= 1u << lane;
+    }
+    check(lanes == 0xFFFF, "interleaved");
+}
+
 }  // namespace
 
 int main() {
@@ -206,6 +281,10 @@ int main() {
         check_integers(round % 2);
         check_floats();
         check_whole_numbers();
+        check_trees();
+        check_choice();
+        check_rest();
+        check_interleaved();
     }
     printf("%d differences\n", failures);
     return failures != 0;
