@@ -100,7 +100,7 @@ def _selected(study: Study, rows: Sequence[str], folds: Sequence[int]) -> list[C
         cell
         for cell in study.cells()
         if (not folds or cell.fold in folds)
-        and (cell.variant.allocation is None or not rows or any(fnmatch.fnmatch(cell.variant.name, r) for r in rows))
+        and (cell.variant == FLOAT or not rows or any(fnmatch.fnmatch(cell.variant.name, r) for r in rows))
     ]
 
 

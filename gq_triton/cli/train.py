@@ -18,7 +18,7 @@ from gq_triton.training.config import TrainConfig
 from gq_triton.training.data import SpeechSet
 from gq_triton.training.distributed import PARALLEL, is_main, process_group
 from gq_triton.training.recipes import recipe_of
-from gq_triton.training.study import train_from_scratch, train_quantized
+from gq_triton.training.study import train_from_scratch, train_further
 
 from .datasets import data_options, load_utterances
 from .output import emit, json_option
@@ -148,7 +148,7 @@ def qat(
     config = recipe_of(data, recognizer.model.config.architecture).qat.changed(parse_settings(settings))
 
     def learn(recognizer: Recognizer, *arguments, **options) -> Recognizer:
-        return train_quantized(recognizer, patterns, *arguments, **options)
+        return train_further(recognizer, patterns, *arguments, **options)
 
     with process_group():
         kept, held_out = divided(data, root, splits, hold_out, evaluate_on)

@@ -19,6 +19,10 @@ TRAINED = {"GQ": GQConfig, "LSQ": LSQConfig, "straight-through": UniformConfig, 
 UNTRAINED = {"GQ": GQConfig, "uniform": UniformConfig, "k-means": KMeansConfig}
 
 
+#: Float too, trained on for as long as the quantized ones are: what of a gain is owed to that.
+LONGER = Variant("float32, trained on")
+
+
 def bits_of(bits: int) -> str:
     return "1 bit" if bits == 1 else f"{bits} bits"
 
@@ -49,6 +53,7 @@ def variants(linear: Sequence[str], one_bit: Sequence[str]) -> list[Variant]:
         for bits in (8, 4)
     ]
     return [
+        LONGER,
         *widths({"GQ": GQConfig}, trained=True),
         Variant("GQ, 4 bits, some layers 1 bit", mixed, group="GQ, mixed"),
         *widths(UNTRAINED, trained=False),

@@ -28,7 +28,7 @@ class Variant:
     Attributes:
         name: in tables.
         allocation: configurations by name pattern; None leaves the model float.
-        trained: whether quantization-aware training follows, or weights are quantized as they are.
+        trained: whether training goes on from the float recognizer, or weights are quantized as they are.
         settings: what this variant changes in the recipe's training, as :meth:`TrainConfig.changed` reads it.
         group: which variants are drawn as one line.
     """

@@ -18,7 +18,7 @@ from gq_triton.training.config import TrainConfig
 from gq_triton.training.data import SpeechSet
 from gq_triton.training.evaluation import evaluate, loss_per_token
 from gq_triton.training.recipes import Recipe
-from gq_triton.training.study import mean_bits, train_from_scratch, train_quantized
+from gq_triton.training.study import mean_bits, train_from_scratch, train_further
 
 from .design import FLOAT, Cell, Study, speaker_folds
 
@@ -105,13 +105,13 @@ class Runner:
         """Trained, and packed where it is quantized."""
         fold, recipe, run = self._fold(cell), self._recipe(cell), self.output / cell.path / "run"
         options = {"progress": self.progress}
-        if cell.variant.allocation is None:
+        if cell.variant == FLOAT:
             return train_from_scratch(fold.untrained, recipe, fold.train, run, **options)
-        parent = self._parent(cell)
+        parent, allocation = self._parent(cell), cell.variant.allocation
         if not cell.variant.trained:
-            return parent.packed_copy(cell.variant.allocation)
-        config = self._training(cell)
-        return train_quantized(parent, cell.variant.allocation, fold.train, config, run, **options).convert()
+            return parent.packed_copy(allocation)
+        trained = train_further(parent, allocation, fold.train, self._training(cell), run, **options)
+        return trained if allocation is None else trained.convert()
 
     def _parent(self, cell: Cell) -> Recognizer:
         """The float recognizer that a cell starts from."""
@@ -128,7 +128,7 @@ class Runner:
     def _training(self, cell: Cell) -> TrainConfig | None:
         """None where nothing is trained."""
         recipe = self._recipe(cell)
-        if cell.variant.allocation is None:
+        if cell.variant == FLOAT:
             return recipe.train
         return recipe.qat.changed(dict(cell.variant.settings)) if cell.variant.trained else None
 

@@ -22,7 +22,7 @@ from .evaluation import evaluate
 from .recipes import ALLOCATIONS, Recipe
 from .trainer import Trainer
 
-__all__ = ["Row", "mean_bits", "quantize_and_measure", "train_from_scratch", "train_quantized", "train_recognizer"]
+__all__ = ["Row", "mean_bits", "quantize_and_measure", "train_from_scratch", "train_further", "train_recognizer"]
 
 Allocation = Mapping[str, gq.WeightConfig | None]
 
@@ -123,13 +123,16 @@ def train_from_scratch(
     return train_recognizer(recognizer, data, recipe.train, output, **options)
 
 
-def train_quantized(
-    recognizer: Recognizer, allocation: Allocation, data: SpeechSet, config: TrainConfig, output: Path, **options
+def train_further(
+    recognizer: Recognizer, allocation: Allocation | None, data: SpeechSet, config: TrainConfig, output: Path, **options
 ) -> Recognizer:
-    """A prepared copy of a float recognizer, trained by :func:`train_recognizer`, which the options go to."""
-    prepared = copy.deepcopy(recognizer).prepare(allocation)
+    """A copy of a float recognizer, prepared where there is an allocation, trained by :func:`train_recognizer`, which
+    the options go to."""
+    trained = copy.deepcopy(recognizer)
+    if allocation is not None:
+        trained.prepare(allocation)
     description = {"initial_weights": _digest(recognizer.model.state_dict())}
-    return train_recognizer(prepared, data, config, output, description=description, **options)
+    return train_recognizer(trained, data, config, output, description=description, **options)
 
 
 def quantize_and_measure(
@@ -159,7 +162,7 @@ def quantize_and_measure(
     untrained = evaluate(recognizer.packed_copy(allocation), test, **decoding)
     slug = re.sub(r"\W+", "-", name)
     options = {"overwrite": overwrite, "progress": progress}
-    trained = train_quantized(recognizer, allocation, train, recipe.qat, output / slug, **options).convert()
+    trained = train_further(recognizer, allocation, train, recipe.qat, output / slug, **options).convert()
     path = output / f"{slug}.safetensors"
     trained.save(path)
     deployed = Recognizer.load(path)

@@ -24,6 +24,8 @@ def test_every_row_quantizes_the_model_of_its_study(name):
     recipe = study.recipe
     model = model_of(preset(recipe.preset, 20, features=recipe.front_end["n_mels"], **recipe.sizes))
     for variant in study.variants:
+        if variant.allocation is None:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             selected = select(model, variant.allocation)

@@ -12,13 +12,16 @@ from gq_triton.training.recipes import RECIPES
 
 SHORT = TrainConfig(epochs=1, batch_size=6, learning_rate=1e-2, evaluate_every=1)
 UNTRAINED = Variant("post-training, 2 bits", {"*": gq.GQConfig(bits=2)}, trained=False)
+LONGER = Variant("float, trained on")
 TRAINED = Variant("GQ, 2 bits", {"*": gq.GQConfig(bits=2)}, settings={"epochs": "2"})
 PROVENANCE = {"device": "a device", "date": "2026-01-01"}
 
 
 def study(**changes):
     recipe = replace(RECIPES["synthetic"], preset="tiny", train=SHORT, qat=SHORT)
-    return Study("Does it run?", "tones", recipe, [UNTRAINED, TRAINED], **{"folds": 2, "measured": 1, **changes})
+    return Study(
+        "Does it run?", "tones", recipe, [UNTRAINED, LONGER, TRAINED], **{"folds": 2, "measured": 1, **changes}
+    )
 
 
 def runner(folder, design=None):
@@ -43,10 +46,11 @@ def test_every_cell_is_measured_on_speakers_it_never_heard(finished):
         assert sum(row[1] for row in result["test"]["speakers"].values()) > 0
         assert result["held_out"]["loss_per_token"] > 0
         assert result["device"] == "a device"
-    assert [result["variant"] for result in results] == [FLOAT.name, UNTRAINED.name, TRAINED.name]
-    assert [result["bits"] for result in results] == [32.0, 2.0, 2.0]
+    assert [result["variant"] for result in results] == [FLOAT.name, UNTRAINED.name, LONGER.name, TRAINED.name]
+    assert [result["bits"] for result in results] == [32.0, 2.0, 32.0, 2.0]
     assert results[0]["bytes"] == results[1]["float32_bytes"] > 8 * results[1]["bytes"]
-    assert results[2]["configuration"]["training"]["epochs"] == 2
+    assert results[0]["bytes"] == results[2]["bytes"]
+    assert [result["configuration"]["training"]["epochs"] for result in results[2:]] == [1, 2]
     assert results[1]["configuration"]["training"] is None
 
 
@@ -58,10 +62,10 @@ def test_a_result_is_not_run_again_and_an_interrupted_one_gives_the_same(finishe
     stamps = [path.stat().st_mtime_ns for path in paths]
     assert [again.run(cell) for cell in cells] == results
     assert [path.stat().st_mtime_ns for path in paths] == stamps
-    paths[2].unlink()
-    assert not again.found(cells[2])
-    repeated = again.run(cells[2])
-    assert repeated["held_out"] == results[2]["held_out"]
+    paths[3].unlink()
+    assert not again.found(cells[3])
+    repeated = again.run(cells[3])
+    assert repeated["held_out"] == results[3]["held_out"]
 
 
 def test_rows_start_from_their_folds_float_recognizer(finished):
@@ -81,7 +85,7 @@ def test_a_result_of_another_configuration_is_refused(finished):
 def test_a_summary_pools_and_compares(finished):
     _, results = finished
     lines = summarize(results, margin=0.01)
-    assert [line.variant for line in lines] == [FLOAT.name, UNTRAINED.name, TRAINED.name]
+    assert [line.variant for line in lines] == [FLOAT.name, UNTRAINED.name, LONGER.name, TRAINED.name]
     before, after = (sum(row[0] for row in results[index]["held_out"]["speakers"].values()) for index in (0, 1))
     words = sum(row[1] for row in results[0]["held_out"]["speakers"].values())
     assert lines[0].difference is None and lines[0].equivalent is None

@@ -13,7 +13,7 @@ from gq_triton.training.study import (
     mean_bits,
     quantize_and_measure,
     train_from_scratch,
-    train_quantized,
+    train_further,
     train_recognizer,
 )
 
@@ -40,7 +40,7 @@ def test_a_trained_recognizer_is_saved_and_its_error_rate_logged(speech, tmp_pat
 def test_quantized_training_starts_from_a_copy(speech, tmp_path):
     float_recognizer = tones.recognizer(speech.utterances)
     before = float_recognizer.model.joint.output.weight.clone()
-    trained = train_quantized(
+    trained = train_further(
         float_recognizer, {"*": gq.GQConfig(bits=3)}, speech, CONFIG, tmp_path, held_out=speech, progress=False
     )
     assert (float_recognizer.stage, trained.stage) == ("float", "qat")
@@ -51,9 +51,9 @@ def test_quantized_training_starts_from_a_copy(speech, tmp_path):
 
 def test_quantized_training_from_other_weights_is_another_run(speech, tmp_path):
     arguments = ({"*": gq.GQConfig(bits=3)}, speech, CONFIG, tmp_path)
-    train_quantized(tones.recognizer(speech.utterances), *arguments, progress=False)
+    train_further(tones.recognizer(speech.utterances), *arguments, progress=False)
     with pytest.raises(ValueError, match="initial_weights"):
-        train_quantized(tones.recognizer(speech.utterances, seed=1), *arguments, progress=False)
+        train_further(tones.recognizer(speech.utterances, seed=1), *arguments, progress=False)
 
 
 def test_a_row_says_what_its_file_does(speech, tmp_path, monkeypatch):
