@@ -43,7 +43,7 @@ class Annealer:
         self._quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
         if not self._quantizers:
             raise ValueError("model has no quantizer to anneal: call quantize_(model, config, step='prepare') first")
-        for quantizer, weight in _quantized_weights(model):
+        for quantizer, weight in quantized_weights(model):
             if quantizer.whole_weights and hasattr(weight, "full_tensor"):
                 method = quantizer.config.method
                 raise ValueError(f"model must not be sharded: {method!r} works on whole weights; use DDP, not FSDP")
@@ -68,7 +68,7 @@ class Annealer:
         """
         self.steps += 1
         self._apply()
-        for quantizer, weight in _quantized_weights(self._model):
+        for quantizer, weight in quantized_weights(self._model):
             quantizer.update(weight, self.steps)
         if self.steps == 1:
             warn_of_bypassed(self._model, learning=True)
@@ -97,11 +97,11 @@ def penalty(model: nn.Module) -> Tensor:
 
     In several processes that average their gradients, add it to the loss of each.
     """
-    terms = [quantizer.penalty(weight) for quantizer, weight in _quantized_weights(model)]
+    terms = [quantizer.penalty(weight) for quantizer, weight in quantized_weights(model)]
     return sum((term for term in terms if term is not None), torch.zeros(()))
 
 
-def _quantized_weights(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
+def quantized_weights(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
     """The quantizers in the layers of a prepared model, each once, with their weights."""
     seen: set[Quantizer] = set()
     for layer in model.modules():
@@ -113,7 +113,11 @@ def _quantized_weights(model: nn.Module) -> Iterator[tuple[Quantizer, Tensor]]:
 
 
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float, quantizer_lr: float | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    quantizer_lr: float | None = None,
+    one_bit_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Splits a model's trainable parameters for an optimizer: scales, centroids and mu are never decayed.
 
@@ -122,14 +126,26 @@ def param_groups(
         lr: learning rate.
         weight_decay: of all parameters but the quantizers'.
         quantizer_lr: learning rate of the quantizers' parameters. Default: ``lr``.
+        one_bit_lr: learning rate of weights of one bit, which change where they cross zero only, and so want a higher
+            one. Default: ``lr``.
 
     Returns:
         Groups for any torch optimizer, each parameter in exactly one.
     """
     own = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    signs = {id(weight) for quantizer, weight in quantized_weights(model) if quantizer.config.bits == 1}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if id(p) not in own], "lr": lr, "weight_decay": weight_decay},
+        {
+            "params": [p for p in trainable if id(p) not in own | signs],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {
+            "params": [p for p in trainable if id(p) in signs],
+            "lr": lr if one_bit_lr is None else one_bit_lr,
+            "weight_decay": weight_decay,
+        },
         {
             "params": [p for p in trainable if id(p) in own],
             "lr": lr if quantizer_lr is None else quantizer_lr,

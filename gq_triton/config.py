@@ -90,6 +90,8 @@ class GQConfig(WeightConfig):
         requantize_every: in training, quantize afresh at every n-th update of the weight and reuse the result, with a
             straight-through gradient, in between. Default 1: at every forward pass. Updates are told by
             the weight's version, which fused optimizers and FSDP leave alone: with these, too, every pass quantizes.
+            The result is no part of a checkpoint: a run resumed at a step that is no multiple of n quantizes at other
+            steps than one that was not interrupted, and ends with other weights.
         centroid_interval: centroids and mu get their gradient, which costs about as much again as the weights',
             at every n-th step, as :class:`gq_triton.Annealer` counts them, and zeros in between. Default 1: at every
             step, as without an annealer.

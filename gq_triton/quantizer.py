@@ -106,6 +106,9 @@ class Quantizer(FixedDtypeModule):
     def update(self, weight: Tensor, step: int) -> None:
         """Does what the method does after optimizer step number ``step``, from 1; called once for each."""
 
+    def follow(self, weight: Tensor) -> None:
+        """Fits what :meth:`update` derives from the weight to ``weight``, which took the weight's place."""
+
     def penalty(self, weight: Tensor) -> Tensor | None:
         """Returns what the method adds to the loss, (), or None."""
         return None

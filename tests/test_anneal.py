@@ -87,6 +87,17 @@ def test_quantizers_are_not_decayed():
     torch.optim.AdamW([weights, quantizers])
 
 
+def test_weights_of_one_bit_have_a_rate_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    gq.quantize_(model, {"0": gq.GQConfig(bits=1), "*": gq.GQConfig(bits=2)}, step="prepare")
+    rest, one_bit, quantizers = gq.param_groups(model, lr=0.1, weight_decay=0.2, one_bit_lr=0.4)
+    assert [id(parameter) for parameter in one_bit["params"]] == [id(model[0].weight)]
+    assert (one_bit["lr"], one_bit["weight_decay"]) == (0.4, 0.2)
+    assert (rest["lr"], quantizers["lr"]) == (0.1, 0.1)
+    assert len(rest["params"]) == 3  # a weight and two biases
+    assert gq.param_groups(model, lr=0.1, weight_decay=0.2)[1]["lr"] == 0.1
+
+
 def test_groups_of_a_float_model_and_the_default_rate():
     (only,) = gq.param_groups(nn.Linear(2, 2), lr=0.1, weight_decay=0.2)
     assert len(only["params"]) == 2

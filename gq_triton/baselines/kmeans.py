@@ -8,7 +8,8 @@ by turns over the codes (the nearest level), the levels (l_j = sum s_c w / sum s
 centroids of their cells) and the scales (s_c = sum w l / sum l^2 over the channel), none of which can raise it, until a
 round gains less than one part in 10^4. It starts from the companded grid to which the General Quantizer is fitted and
 finds a local minimum near it; should the best uniform grid be better than that, it starts again from there, so it is
-never worse. A level whose cell is empty stays where it is.
+never worse. It goes on once from the best scales for the levels found, which may lie past a local minimum, and keeps
+the better. A level whose cell is empty stays where it is.
 
 Training holds the levels and goes on as :mod:`gq_triton.baselines.uniform` does, with straight-through gradients and
 scales that follow the weights.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gq_triton import functional as F
 from gq_triton.config import GQConfig
-from gq_triton.fitting import TINY, checked_rows, fit_scale
+from gq_triton.fitting import TINY, Grid, checked_rows, fit_scale
 from gq_triton.quantizer import WeightQuantizer
 
 from .uniform import UniformQuantizer
@@ -39,9 +40,11 @@ class KMeansQuantizer(UniformQuantizer):
         rows = checked_rows(weight, len(self.scales))
         companded = WeightQuantizer(GQConfig(bits=self.config.bits), len(weight), weight.device)
         companded.fit(weight)
-        levels, scale, error = lloyd(rows, companded.codebook(), companded.scale())
-        if error > self._error(rows):
-            levels, scale, _ = lloyd(rows, self.levels, self.scales)
+        found = lloyd(rows, companded.codebook(), companded.scale())
+        if found[2] > self._error(rows):
+            found = lloyd(rows, self.levels, self.scales)
+        again = lloyd(rows, found[0], fit_scale(rows, Grid(found[0], 0.0, found[0])))
+        levels, scale, _ = min(found, again, key=lambda result: result[2])
         self.set_levels(levels)
         self.scales.copy_(scale if self.config.codebook == "float" else fit_scale(rows, self.grid()))
 

@@ -15,9 +15,7 @@ from gq_triton.quantizer import Quantizer
 
 from .config import BaselineConfig
 
-__all__ = ["REFINE", "LevelQuantizer"]
-
-REFINE = (1.0, *(0.75 * 1.05**i for i in range(14)))  # at many bits the error of uniform levels has many local minima
+__all__ = ["LevelQuantizer"]
 
 
 class LevelQuantizer(Quantizer):

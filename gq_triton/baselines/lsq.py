@@ -32,7 +32,7 @@ from gq_triton.fitting import checked_rows, fit_scale
 from gq_triton.quantizer import from_log_scale, to_log_scale
 
 from .config import BaselineConfig, LSQConfig
-from .levels import REFINE, LevelQuantizer
+from .levels import LevelQuantizer
 
 __all__ = ["LSQQuantizer"]
 
@@ -65,7 +65,7 @@ class LSQQuantizer(LevelQuantizer):
         grid = torch.tensor([-1.0, 1.0]) if one_bit else torch.arange(-self.negative, self.negative) / self.negative
         self.set_levels(grid)
         if one_bit or self.config.init == "error":
-            scale = fit_scale(rows, self.grid(), REFINE)
+            scale = fit_scale(rows, self.grid())
         else:
             scale = 2.0 * rows.float().abs().mean(1) / self.positive**0.5 * self.negative
         self.log_scale.copy_(to_log_scale(scale))

@@ -44,15 +44,21 @@ class S8BQATQuantizer(KMeansQuantizer):
 
     def penalty(self, weight: Tensor) -> Tensor:
         rows = weight.flatten(1)
-        x = rows / self.scales.clamp(min=TINY).unsqueeze(1)
-        within = x.clamp(self.levels[0], self.levels[-1])
-        region = torch.bucketize(within.detach(), self.levels[1:-1])
-        low, high = self.levels[region], self.levels[region + 1]
+        unit = self.scales.clamp(min=TINY).unsqueeze(1)
+        x = rows.detach() / unit
+        # From the nearest centroid, where compression puts weights: there |.| has the slope 0, and u of 0 or 1 has not.
+        distance = ((weight - self.hard(weight)).flatten(1) / unit).abs()
+        region = torch.bucketize(x, self.levels[1:-1])
+        gap = (self.levels[region + 1] - self.levels[region]).clamp(min=TINY)
         spacing = (self.levels[-1] - self.levels[0]) / (len(self.levels) - 1)
-        cost = torch.sin(math.pi * (within - low) / (high - low).clamp(min=TINY)).abs()
-        cost = cost + math.pi / spacing * (x - within).abs()
+        beyond = (x < self.levels[0]) | (x > self.levels[-1])
+        within = torch.sin(math.pi * (distance / gap).clamp(max=0.5))
+        cost = torch.where(beyond, math.pi / spacing * distance, within)
         factor = self.config.strength * spacing / (math.pi * math.sqrt(rows.numel()))
         return factor * (self.scales * cost.sum(1)).sum()
+
+    def follow(self, weight: Tensor) -> None:
+        """Does nothing: levels and scales are fixed."""
 
     @torch.no_grad()
     def update(self, weight: Tensor, step: int) -> None:

@@ -11,7 +11,8 @@ beyond the outer levels, so no weight freezes. The scale follows the weights: af
 
 the least-squares scale for the codes that are in force, as the 1-bit mean |w| of XNOR-Net (Rastegari et al., arXiv
 1603.05279) is, and the alternation of LQ-Nets (Zhang et al., arXiv 1807.10029) with the grid held uniform. No step
-raises the squared error. A channel that was fitted to zeros stays at zero.
+raises the squared error. A channel keeps its scale where this one would not be positive, so one that was fitted to
+zeros stays at zero.
 
 At 8 bits this is linear quantization-aware training, what arXiv 2210.09188 compares with.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from gq_triton.fitting import TINY, checked_rows, fit_scale
 
 from .config import BaselineConfig
-from .levels import REFINE, LevelQuantizer
+from .levels import LevelQuantizer
 
 __all__ = ["UniformQuantizer"]
 
@@ -48,12 +49,15 @@ class UniformQuantizer(LevelQuantizer):
     def fit(self, weight: Tensor) -> None:
         rows = checked_rows(weight, len(self.scales))
         self.set_levels(torch.linspace(-1.0, 1.0, len(self.levels)))
-        self.scales.copy_(fit_scale(rows, self.grid(), REFINE))
+        self.scales.copy_(fit_scale(rows, self.grid()))
+
+    def update(self, weight: Tensor, step: int) -> None:
+        self.follow(weight)
 
     @torch.no_grad()
-    def update(self, weight: Tensor, step: int) -> None:
+    def follow(self, weight: Tensor) -> None:
         unit = self.scales.clamp(min=TINY).unsqueeze(1)
         rows, levels = weight.flatten(1) / unit, self.hard(weight).flatten(1) / unit
-        energy = levels.square().sum(1)
-        factor = (rows * levels).sum(1) / energy
-        self.scales.mul_(torch.where(energy > 0, factor, 1.0))
+        correlation = (rows * levels).sum(1)
+        # Of levels that lie unevenly about 0, the nearest to a weight may have the other sign.
+        self.scales.mul_(torch.where(correlation > 0, correlation / levels.square().sum(1), 1.0))

@@ -81,9 +81,10 @@ def allocate(
 ) -> None:
     """Choose the width of each weight of MODEL, a float recognizer: the least loss in a budget of bytes.
 
-    By how much the training loss per token changes is measured for each weight and width alone, without training, on
-    the training part of the data set by default. A killed command goes on where it was, and another budget needs no
-    new measurements. `qat` and `convert` take the widths by --config.
+    By how much the loss per token changes is measured for each weight and width alone, without training, on the
+    training part of the data set by default. It is the transducer's or CTC model's own loss, without the blank_bonus
+    and the auxiliary CTC loss of training. A killed command goes on where it was, and another budget needs no new
+    measurements. `qat` and `convert` take the widths by --config.
     """
     if (max_bytes is None) == (mean_bits is None):
         raise click.UsageError("one budget is needed: --bytes N or --bits-per-weight X")

@@ -33,6 +33,7 @@ PACKAGES = (
     "espeakng-loader",
     "matplotlib",
     "tensorboard",
+    "torchao",
 )
 HEADER = ["kernel", "bits", "dtype", "part", "registers", "shared", "warps"]
 HEADER += ["bytes", "instructions", "unit", "share", "flight", "budget"]

@@ -21,13 +21,14 @@ from .output import emit, json_option, table
 
 __all__ = ["reproduce"]
 
-HEADER = ["weights", "bits", "bytes", "smaller", "folds", "WER %", "95 %", "CER %", "loss", "more than float"]
-HEADER += ["95 %", "verdict", "test WER %"]
+HEADER = ["weights", "bits", "bytes", "smaller", "folds", "WER %", "95 %", "CER %", "loss", "more"]
+HEADER += ["95 %", "than", "verdict", "test WER %"]
 LEGEND = """\
 WER      on speakers whom the recognizer of their fold never heard, all folds together, decoded from packed weights
 loss     of the transcripts, in nats per token
-verdict  equivalent: the 90 % interval of the difference from float lies within the margin; no worse: below it
-         Intervals are of the bootstrap over speakers, paired with float."""
+more     word errors than the float row that is named, which was trained on for as long, in points
+verdict  equivalent: the 90 % interval of that difference lies within the margin; no worse: below it
+         Intervals are of the bootstrap over speakers, in pairs; the luck of training is not in them."""
 
 
 @click.command()
@@ -53,7 +54,7 @@ def reproduce(
     found: bool,
     as_json: bool,
 ) -> None:
-    """Run STUDY, or some of its rows, and print what it finds.
+    """Run STUDY, or some of its rows, and print all that the folder holds of it.
 
     Float recognizers are trained first, for they are what every row starts from. Several of these commands may share an
     output folder, each with folds of its own. An interrupted one goes on where it was.
@@ -65,18 +66,19 @@ def reproduce(
     environment = {"device": device_name(), "versions": versions(), "commit": commit()}
     provenance = {"environment": environment, "date": date.today().isoformat()}
     runner = Runner(design, *parts, output, provenance=provenance)
-    if found:
-        cells = [cell for cell in cells if runner.found(cell)]
-    results = []
-    for cell in tqdm(cells, desc=study, unit="run", disable=found):
-        results.append(runner.run(cell))
+    runner.found()  # what was run with other settings is told now, and not after hours
+    for cell in tqdm([] if found else cells, desc=study, unit="run", disable=found):
+        runner.run(cell)
+    results = runner.found()
+    if not results:
+        raise click.ClickException(f"{output} holds no run of {study}")
     lines = summarize(results, design.margin)
     record = {
         "study": study,
         "question": design.question,
         "margin": design.margin,
-        "folds": design.folds,
-        **provenance,
+        "measured": list(design.measured),
+        **_provenance(results),
         "lines": [line.to_dict() for line in lines],
     }
     save_json_lines(output / f"{study}.jsonl", results)
@@ -84,24 +86,36 @@ def reproduce(
     emit(record, f"{design.question}\n\n{table(HEADER, [_cells(line) for line in lines])}\n\n{LEGEND}", as_json)
 
 
+def _provenance(results: Sequence[dict]) -> dict:
+    """Of the last run, with the commits of all.
+
+    Raises:
+        click.ClickException: they are of several devices.
+    """
+    devices = sorted({result["environment"]["device"] for result in results})
+    if len(devices) > 1:
+        raise click.ClickException(f"the folder holds runs of several devices, to be told apart: {'; '.join(devices)}")
+    last = max(results, key=lambda result: result["date"])
+    commits = sorted({str(result["environment"]["commit"]) for result in results})
+    return {"environment": {**last["environment"], "commit": ", ".join(commits)}, "date": last["date"]}
+
+
 def _selected(study: Study, rows: Sequence[str], folds: Sequence[int]) -> list[Cell]:
-    """The float cells of what is asked for, and those that the options name.
+    """The cells that the options name, and the float ones that they are compared with.
 
     Raises:
         click.UsageError: they name none.
     """
-    if folds and max(folds) >= study.measured:
-        raise click.UsageError(f"--fold {max(folds)}: the study runs folds 0 to {study.measured - 1}")
-    names = [FLOAT.name, *(variant.name for variant in study.variants)]
+    for fold in folds:
+        if fold not in study.measured:
+            raise click.UsageError(f"--fold {fold}: the study runs {', '.join(map(str, study.measured))}")
+    names = [variant.name for variant in study.rows]
     for row in rows:
         if not fnmatch.filter(names, row):
             raise click.UsageError(f"--row {row!r} names no variant; there are: {'; '.join(names)}")
-    return [
-        cell
-        for cell in study.cells()
-        if (not folds or cell.fold in folds)
-        and (cell.variant == FLOAT or not rows or any(fnmatch.fnmatch(cell.variant.name, r) for r in rows))
-    ]
+    chosen = {name for row in rows or ["*"] for name in fnmatch.filter(names, row)}
+    needed = chosen | {variant.reference for variant in study.rows if variant.name in chosen} | {FLOAT.name}
+    return [cell for cell in study.cells() if cell.variant.name in needed and (not folds or cell.fold in folds)]
 
 
 def _cells(line: Line) -> list[str]:
@@ -118,6 +132,7 @@ def _cells(line: Line) -> list[str]:
         f"{line.loss:.3f}",
         f"{100 * change.value:+.2f}" if change else "",
         _range(change.interval) if change else "",
+        line.reference or "",
         _verdict(line),
         f"{100 * line.test_wer:.2f}",
     ]

@@ -15,7 +15,7 @@ from gq_triton.speech.datasets import Utterance
 from gq_triton.speech.metrics import error_counts
 from gq_triton.speech.recognizer import Recognizer
 from gq_triton.training.config import TrainConfig
-from gq_triton.training.data import SpeechSet
+from gq_triton.training.data import SpeechSet, digest
 from gq_triton.training.evaluation import evaluate, loss_per_token
 from gq_triton.training.recipes import Recipe
 from gq_triton.training.study import mean_bits, train_from_scratch, train_further
@@ -82,6 +82,7 @@ class Runner:
             "fold": cell.fold,
             "variant": cell.variant.name,
             "group": cell.variant.group,
+            "reference": cell.variant.reference,
             "configuration": configuration,
             "bits": mean_bits(report) if quantized else 32.0,
             "bytes": report.packed_bytes if quantized else report.float32_bytes,
@@ -94,9 +95,13 @@ class Runner:
         save_json(path, result)
         return result
 
-    def found(self, cell: Cell) -> bool:
-        """Whether the cell was run."""
-        return self._path(cell).is_file()
+    def found(self) -> list[Result]:
+        """What all cells gave that were run, row by row.
+
+        Raises:
+            ValueError: the folder holds the result of another configuration.
+        """
+        return [self.run(cell) for cell in self.study.cells() if self._path(cell).is_file()]
 
     def _path(self, cell: Cell) -> Path:
         return self.output / cell.path / "result.json"
@@ -141,6 +146,7 @@ class Runner:
             "tokenizer": recipe.tokenizer,
             "front_end": dict(recipe.front_end),
             "folds": self.study.folds,
+            "data": [digest(self.train), digest(self.test)],
             "beam_width": recipe.beam_width,
             "pretraining": recipe.pretrain and recipe.pretrain.to_dict(),
             "spoken": recipe.spoken,

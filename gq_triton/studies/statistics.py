@@ -3,6 +3,9 @@
 Speakers are what is drawn at random, so they are what the bootstrap resamples, whole (Bisani and Ney, ICASSP 2004), and
 a difference is resampled in pairs: both recognizers on the same speakers. Two recognizers are called equivalent where
 the 90 % interval of the difference lies within the margin on both sides: two one-sided tests at 5 % (Schuirmann, 1987).
+
+Intervals hold for the recognizers that were trained, and for other speakers: there is one run per fold and row, so the
+luck of training is not in them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .design import FLOAT
 from .statistics import Counts, Difference, difference, interval, rate
 
 __all__ = ["Line", "summarize"]
@@ -18,13 +17,14 @@ class Line:
 
     Attributes:
         variant, group: its name, and that of the line it is drawn in.
-        folds: how many were run; the float recognizers compared with are of the same ones.
+        folds: how many were run; the recognizers compared with are of the same ones.
         bits: mean over the quantized weights.
         bytes: of the packed model.
         ratio: how many times smaller than float32.
         wer, interval: on the speakers held out, all folds together, with the 95 % interval.
         cer, loss: character error rate, and loss per token in nats, mean of the folds.
-        difference: from float, on the speakers held out; None for float itself.
+        reference: name of the float row that it is compared with; None for the first of all.
+        difference: from that, on the speakers held out; None where its folds were not all run.
         equivalent, no_worse: whether that lies within the study's margin, on both sides or on the upper one.
         test_wer, test_interval, test_difference: on the standard test set, all folds' recognizers together.
         seconds: of training and packing, mean of the folds.
@@ -40,6 +40,7 @@ class Line:
     interval: tuple[float, float]
     cer: float
     loss: float
+    reference: str | None
     difference: Difference | None
     equivalent: bool | None
     no_worse: bool | None
@@ -63,14 +64,15 @@ def summarize(results: Sequence[dict[str, Any]], margin: float) -> list[Line]:
     groups: dict[str, dict[int, dict]] = {}
     for result in results:
         groups.setdefault(result["variant"], {})[result["fold"]] = result
-    return [_line(by_fold, groups.get(FLOAT.name, {}), margin) for by_fold in groups.values()]
+    return [_line(by_fold, groups, margin) for by_fold in groups.values()]
 
 
-def _line(by_fold: dict[int, dict], float_by_fold: dict[int, dict], margin: float) -> Line:
+def _line(by_fold: dict[int, dict], groups: dict[str, dict[int, dict]], margin: float) -> Line:
     results = [by_fold[fold] for fold in sorted(by_fold)]
-    before = [float_by_fold[fold] for fold in sorted(by_fold) if fold in float_by_fold]
     first, held_out, test = results[0], _pooled(results, "held_out"), _pooled(results, "test")
-    compared = first["variant"] != FLOAT.name and len(before) == len(results)
+    references = groups.get(first["reference"], {})
+    before = [references[fold] for fold in sorted(by_fold) if fold in references]
+    compared = len(before) == len(results)
     change = difference(_pooled(before, "held_out"), held_out) if compared else None
     return Line(
         variant=first["variant"],
@@ -83,6 +85,7 @@ def _line(by_fold: dict[int, dict], float_by_fold: dict[int, dict], margin: floa
         interval=interval(held_out),
         cer=rate(held_out, characters=True),
         loss=_mean([result["held_out"]["loss_per_token"] for result in results]),
+        reference=first["reference"],
         difference=change,
         equivalent=change and change.equivalent(margin),
         no_worse=change and change.no_worse(margin),

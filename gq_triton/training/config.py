@@ -20,13 +20,16 @@ class TrainConfig:
         batch_seconds: most seconds of audio per step, over all processes together and padding included, which suits
             speech of varied length; 0 for batches of ``batch_size`` utterances.
         max_seconds: utterances that are longer, at their own speed, are left out; 0 for no limit.
-        accumulate: micro-batches per step and process, computed one after another, their gradients added up: a step is
-            the same, up to rounding, in less memory.
+        accumulate: micro-batches per step and process, computed one after another, their gradients added up: a step on
+            the same utterances in less memory. Masks, noise and dropout are drawn anew for each micro-batch, so that
+            only without them a step is the same up to rounding.
         learning_rate: AdamW's peak rate of weights.
         quantizer_learning_rate: peak rate of scales, centroids and mu; None for ``learning_rate``.
+        one_bit_learning_rate: peak rate of weights of one bit, which change where they cross zero only; None for
+            ``learning_rate``.
         final_learning_rate: what the cosine decay ends at, as a fraction of the peak.
         warmup: fraction of all steps in which the rate rises linearly to its peak.
-        weight_decay: AdamW's, on weights only.
+        weight_decay: AdamW's, of all parameters but the quantizers': of biases and norms, too.
         clip_norm: largest norm of the whole gradient.
         precision: "float32", or "bfloat16" for products (autocast; weights, losses and sums stay float32); "auto" is
             "bfloat16" on a GPU and "float32" on a CPU, and the trainer records which.
@@ -37,7 +40,7 @@ class TrainConfig:
         average_decay: of the moving average of all parameters, which is evaluated and returned; 0 for the last ones.
         seed: of initial weights, batches, dropout and augmentation.
         speeds: factors of speed perturbation.
-        join: share of the utterances that are followed by another one of their speaker.
+        join: share of the utterances that are followed by one of their speaker, drawn from all of these.
         freq_masks, freq_width: SpecAugment: masks per utterance, and their largest width in mel bands.
         time_masks, time_fraction: SpecAugment: masks per utterance, and their largest part of it.
         feature_noise: deviation of the Gaussian noise added to normalised features.
@@ -56,6 +59,7 @@ class TrainConfig:
     accumulate: int = 1
     learning_rate: float = 2e-3
     quantizer_learning_rate: float | None = None
+    one_bit_learning_rate: float | None = None
     final_learning_rate: float = 0.02
     warmup: float = 0.1
     weight_decay: float = 1e-2
@@ -100,8 +104,9 @@ class TrainConfig:
             _require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "zero or more")
         for name in ("warmup", "final_learning_rate", "average_decay", "join", "time_fraction", "wake_share"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a fraction, 0..1")
-        rate = self.quantizer_learning_rate
-        _require("quantizer_learning_rate", rate, rate is None or rate > 0, "a positive number or None")
+        for name in ("quantizer_learning_rate", "one_bit_learning_rate"):
+            rate = getattr(self, name)
+            _require(name, rate, rate is None or 0 < rate < math.inf, "a positive number or None")
         _require("precision", self.precision, self.precision in PRECISIONS, ", ".join(PRECISIONS))
         fits = not (self.join and self.batch_seconds)
         _require("join", self.join, fits, "0 with batch_seconds, which joined utterances exceed")

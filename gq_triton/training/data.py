@@ -26,7 +26,7 @@ from gq_triton.speech.tokens import Tokenizer
 
 from .config import TrainConfig
 
-__all__ = ["Batch", "BatchPlan", "SpeechSet", "load_batches"]
+__all__ = ["Batch", "BatchPlan", "SpeechSet", "digest", "load_batches"]
 
 CACHE_HOURS = 20  # of speech, about 2.3 GB of features
 MOST_WORKERS = 8  # processes that compute features for a training process, where its set is too large to keep
@@ -134,8 +134,7 @@ class SpeechSet(Dataset):
 
     def digest(self) -> str:
         """A short hash of ids, transcripts and speeds: tells one training set from another."""
-        lines = [f"{utterance.id}\t{utterance.text}" for utterance in self.utterances]
-        return hashlib.sha256("\n".join([*lines, repr(self.speeds)]).encode()).hexdigest()[:16]
+        return digest(self.utterances, repr(self.speeds))
 
     def _compute_all(self, progress: bool) -> dict[Key, Tensor]:
         keys = [(index, speed) for index in range(len(self)) for speed in sorted({1.0, *self.speeds})]
@@ -150,6 +149,12 @@ class SpeechSet(Dataset):
             waveform = speed_perturb(waveform, speed)
         features, _ = self.front_end(waveform[None], torch.tensor([len(waveform)]))
         return features[0]
+
+
+def digest(utterances: Sequence[Utterance], *more: str) -> str:
+    """A short hash of ids and transcripts, and of what else is told."""
+    lines = [f"{utterance.id}\t{utterance.text}" for utterance in utterances]
+    return hashlib.sha256("\n".join([*lines, *more]).encode()).hexdigest()[:16]
 
 
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
@@ -167,9 +172,9 @@ class BatchPlan:
     """Which utterances make up each batch of a run.
 
     An epoch has every utterance once, each at a drawn speed, in batches of similar length and in random order, shortest
-    first in the epochs of a curriculum. With probability ``config.join`` an utterance is followed by another one of its
-    speaker, so that a small set has more sequences of words than it has sentences; not in a curriculum. All of it
-    depends on nothing but (data, config, epoch).
+    first in the epochs of a curriculum. With probability ``config.join`` an utterance is followed by one drawn from all
+    of its speaker, itself included, so that a small set has more sequences of words than it has sentences; not in a
+    curriculum. All of it depends on nothing but (data, config, epoch).
 
     Every epoch has as many batches, of the same sizes by order of length: of ``config.batch_size`` utterances or one
     fewer, or else as many as ``config.batch_seconds`` allows were all played at the slowest speed.

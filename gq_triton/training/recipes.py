@@ -115,7 +115,9 @@ AN4 = Recipe(
     front_end=SMALL_SET_FRONT_END,
     pretrain=AN4_PRETRAIN,
     train=AN4_FLOAT,
-    qat=replace(AN4_FLOAT, epochs=5, learning_rate=3e-4, ctc_weight=0.0, average_decay=0.99),
+    qat=replace(
+        AN4_FLOAT, epochs=5, learning_rate=3e-4, one_bit_learning_rate=1e-3, ctc_weight=0.0, average_decay=0.99
+    ),
     beam_width=4,
     allocations=("4 bits", "2 bits", "1 bit"),
 )
@@ -174,11 +176,8 @@ CONFORMER_RECIPES = {
     "an4": replace(
         AN4,
         preset="conformer-tiny",
-        sizes={"predictor_layers": 0},
         pretrain=replace(AN4_PRETRAIN, learning_rate=1e-3, warmup=0.1),
         train=replace(AN4_FLOAT, learning_rate=1e-3, warmup=0.1),
-        qat=replace(AN4.qat, learning_rate=3e-4),
-        beam_width=1,
     )
 }
 

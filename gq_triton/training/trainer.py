@@ -2,7 +2,8 @@
 
 Every source of chance is a function of (seed, step, process): batches, augmentation and dropout of step n are the
 same however the run came to step n. A run that was killed therefore ends, once resumed, with the weights of one that
-was not. Checkpoints hold whole tensors, however many processes shared them.
+was not, bit for bit; with ``requantize_every=n`` above 1 only if the checkpoint's step is a multiple of n, as what the
+quantizers remember is not saved. Checkpoints hold whole tensors, however many processes shared them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gq_triton import Annealer, param_groups, penalty
+from gq_triton.anneal import quantized_weights
 from gq_triton.files import load_tensors, save_json, save_tensors
 from gq_triton.models.rnnt import BifocalEncoder
 from gq_triton.quantizer import Quantizer
@@ -103,7 +105,13 @@ class Trainer:
         self.objective = unwrapped(self.network)  # what is trained: its model is the one given or, under FSDP, a copy
         self.annealer = _annealer(self.objective.model, config, self.total_steps)
         self.optimizer = torch.optim.AdamW(
-            param_groups(self.objective, config.learning_rate, config.weight_decay, config.quantizer_learning_rate)
+            param_groups(
+                self.objective,
+                config.learning_rate,
+                config.weight_decay,
+                config.quantizer_learning_rate,
+                config.one_bit_learning_rate,
+            )
         )
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.augment = SpecAugment(config.freq_masks, config.freq_width, config.time_masks, config.time_fraction)
@@ -234,21 +242,22 @@ class Trainer:
     def _deployed(self) -> Iterator[None]:
         """The model has what it is evaluated with meanwhile."""
         averaged_in_place = self.average and self.objective.model is self.model
-        parameters = self.model.named_parameters() if averaged_in_place else ()
-        own = {name: parameter.detach().clone() for name, parameter in parameters}
+        tensors = _tensors(self.model) if averaged_in_place else {}
+        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._deploy()
         try:
             yield
         finally:
-            _copy(own, dict(self.model.named_parameters()))
+            _copy(own, _tensors(self.model))
 
     def _deploy(self) -> None:
         """Gives the model what it is evaluated and returned with: averaged parameters, if they are; its own buffers, as
-        hardness follows its schedule; all of them whole."""
-        trained = self.objective.model
+        hardness follows its schedule, but for what quantizers derive from the weights; all of them whole."""
         averages = self.average.values if self.average else {}
-        values = {**dict(trained.named_parameters()), **dict(trained.named_buffers()), **averages}
-        _copy(values, {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())})
+        _copy({**_tensors(self.objective.model), **averages}, _tensors(self.model))
+        if averages:
+            for quantizer, weight in quantized_weights(self.model):
+                quantizer.follow(weight)
 
     # Files
 
@@ -314,6 +323,10 @@ class Trainer:
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = placed_like(tensor, parameters[int(index)])
         return moments
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 @torch.no_grad()

@@ -114,3 +114,44 @@ def test_zero_channels_cost_nothing():
     free = weight.clone().requires_grad_()
     quantizer.penalty(free).backward()
     assert free.grad.isfinite().all() and not free.grad[1].any()
+
+
+def old_penalty(quantizer, weight):
+    """The regularizer as its formula has it, from the lower level of each weight's region."""
+    levels = quantizer.levels.double()
+    x = weight / quantizer.scales.double()[:, None]
+    within = x.clamp(levels[0], levels[-1])
+    region = torch.bucketize(within.detach(), levels[1:-1])
+    low, high = levels[region], levels[region + 1]
+    spacing = (levels[-1] - levels[0]) / (len(levels) - 1)
+    cost = torch.sin(math.pi * (within - low) / (high - low)).abs() + math.pi / spacing * (x - within).abs()
+    factor = quantizer.config.strength * spacing / (math.pi * math.sqrt(weight.numel()))
+    return factor * (quantizer.scales.double() * cost.sum(1)).sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_away_from_centroids_value_and_gradient_are_the_formulas(bits):
+    weight = 1.5 * torch.randn(4, 300, dtype=torch.float64)
+    quantizer = fitted(weight / 1.5, bits)
+    ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    value, expected = quantizer.penalty(ours), old_penalty(quantizer, theirs)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    value.backward()
+    expected.backward()
+    # Scale times level is rounded to float32.
+    away = (weight - quantizer.hard(weight)).abs() > 1e-5 * quantizer.scales[:, None]
+    assert away.float().mean() > 0.99
+    torch.testing.assert_close(ours.grad[away], theirs.grad[away], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("codebook", ["float", "int8", "fp8"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_gradient_is_zero_just_after_compression(bits, codebook):
+    weight = torch.randn(4, 300)
+    quantizer = fitted(weight, bits, codebook=codebook, compress_every=1)
+    quantizer.update(weight, 1)
+    weight.requires_grad_()
+    value = quantizer.penalty(weight)
+    value.backward()
+    assert value == 0
+    assert not weight.grad.any()

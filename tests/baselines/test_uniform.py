@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gq_triton as gq
-from gq_triton.baselines import UniformConfig, UniformQuantizer
+from gq_triton.baselines import KMeansQuantizer, UniformConfig, UniformQuantizer
 
 WIDTHS = range(1, 9)
 
@@ -87,3 +87,29 @@ def test_weights_that_fsdp_has_sharded_are_refused():
     layer.weight.full_tensor = layer.weight.clone  # as a DTensor has
     with pytest.raises(ValueError, match="'uniform' works on whole weights; use DDP"):
         gq.Annealer(layer, 10)
+
+
+@pytest.mark.parametrize("kind", [UniformQuantizer, KMeansQuantizer])
+def test_a_scale_that_would_not_be_positive_stays(kind):
+    quantizer = kind(UniformConfig(bits=1), 3)
+    quantizer.levels.copy_(torch.tensor([-0.1, 1.0]))  # the first row's weights are nearest to the negative level
+    quantizer.scales.copy_(torch.tensor([1.0, 1.0, 0.0]))
+    quantizer.update(torch.tensor([[0.4, 0.3, 0.2], [0.8, 0.9, 1.0], [0.0, 0.0, 0.0]]), 1)
+    torch.testing.assert_close(quantizer.scales, torch.tensor([1.0, 0.9, 0.0]))
+
+
+def draw(kind, draws):
+    if kind == "uniform":
+        return 2 * torch.rand(16, 512, generator=draws) - 1
+    normal = torch.randn(5, 16, 512, generator=draws)
+    return normal[0] if kind == "gaussian" else normal[0] / normal[1:].square().mean(0).sqrt()  # Student's t of 4
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "student"])
+def test_the_general_quantizer_is_fitted_as_well_on_the_same_grid(kind, bits):
+    weight = draw(kind, torch.Generator().manual_seed(bits))
+    general = gq.WeightQuantizer(gq.GQConfig(bits=bits, mu=0.0), len(weight)).eval()
+    general.fit(weight)
+    # Its scale is stored as a logarithm, which rounds it.
+    assert squared_error(general, weight) <= 1.001 * squared_error(fitted(weight, bits), weight)

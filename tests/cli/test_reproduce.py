@@ -24,7 +24,9 @@ def tones_for_an4(monkeypatch):
         return tones.utterances(12) if training else tones.utterances(4, seed=1)
 
     monkeypatch.setattr(reproduce, "load_utterances", load)
-    monkeypatch.setitem(reproduce.STUDIES, "tones", Study("Which?", "tones", RECIPE, VARIANTS, folds=2, measured=2))
+    monkeypatch.setitem(
+        reproduce.STUDIES, "tones", Study("Which?", "tones", RECIPE, VARIANTS, folds=2, measured=(0, 1))
+    )
     command = reproduce.reproduce.params[0]
     monkeypatch.setattr(command.type, "choices", (*command.type.choices, "tones"))
 
@@ -39,15 +41,38 @@ def test_a_row_is_run_with_its_float_recognizer_and_recorded(gq_triton, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "runs" / "tones.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["fold"]) for row in rows] == [(FLOAT.name, 1), ("post-training, 1 bit", 1)]
 
-    text = gq_triton.succeeds("reproduce", "tones", "--root", tmp_path, "--output", tmp_path / "runs", "--found")
+    found = ("reproduce", "tones", "--root", tmp_path, "--output", tmp_path / "runs", "--found")
+    text = gq_triton.succeeds(*found)
     assert "Which?" in text and "post-training, 1 bit" in text and "post-training, 2 bits" not in text
+
+    gq_triton.succeeds(*command, "--row", "*2 bits")
+    assert [line["variant"] for line in gq_triton.json(*found)["lines"]] == [
+        FLOAT.name,
+        *(variant.name for variant in VARIANTS),
+    ]
+
+
+def test_a_record_is_of_one_device_and_names_all_commits(gq_triton, tmp_path):
+    folder = tmp_path / "runs"
+    command = ("reproduce", "tones", "--root", tmp_path, "--output", folder)
+    assert f"{folder} holds no run of tones" in gq_triton.fails(*command, "--found")
+    for fold in (0, 1):
+        gq_triton.succeeds(*command, "--fold", fold, "--row", FLOAT.name)
+    path = folder / "tones" / "fold-1" / "float32" / "result.json"
+    result = json.loads(path.read_text())
+    result["environment"]["commit"] = "another"
+    path.write_text(json.dumps(result))
+    assert gq_triton.json(*command, "--found")["environment"]["commit"].endswith(", another")
+    result["environment"]["device"] = "another device"
+    path.write_text(json.dumps(result))
+    assert "several devices, to be told apart: " in gq_triton.fails(*command, "--found")
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--row", "3 bits"), "--row '3 bits' names no variant; there are: float32; post-training, 2 bits"),
-        (("--fold", 2), "--fold 2: the study runs folds 0 to 1"),
+        (("--fold", 2), "--fold 2: the study runs 0, 1"),
     ],
 )
 def test_what_a_study_does_not_have_is_refused(gq_triton, tmp_path, options, message):

@@ -6,8 +6,11 @@ import tones
 
 from gq_triton.cli.quantization import allocation
 from gq_triton.models import CTC
+from gq_triton.speech.datasets import manifest as read_manifest
+from gq_triton.speech.datasets import speaker_split
 from gq_triton.speech.recognizer import Recognizer
 from gq_triton.training import data as training_data
+from gq_triton.training.data import SpeechSet
 
 
 def test_training_leaves_a_recognizer_and_its_log(run):
@@ -44,6 +47,11 @@ def test_held_out_speakers_are_measured_and_not_trained_on(gq_triton, manifest, 
     options = ("--preset", "tiny", "--tokenizer", "word", "--set", "epochs=1", "--set", "speeds=1", "--hold-out", 0.5)
     gq_triton.succeeds("train", "--data", "manifest", "--root", manifest, *options, "--output", tmp_path)
     assert ",wer," in (tmp_path / "metrics.csv").read_text()
+    kept, held_out = speaker_split(read_manifest(manifest), 0.5)
+    assert len(held_out) == len(kept) == 6  # two of the four speakers
+    recognizer = Recognizer.load(tmp_path / "recognizer.safetensors")
+    trained_on = SpeechSet(kept, recognizer.front_end, recognizer.tokenizer)
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == trained_on.digest()
 
 
 def test_librispeech_comes_all_the_way(gq_triton, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gq_triton.speech.datasets import Utterance
-from gq_triton.studies import FLOAT, Study, Variant, speaker_folds
+from gq_triton.studies import FLOAT, LONGER, Study, Variant, speaker_folds
 from gq_triton.training.recipes import RECIPES
 
 
@@ -26,17 +26,25 @@ def test_folds_divide_the_speakers_into_about_equal_parts(sizes, folds, seed):
 
 def test_cells_are_float_first_and_every_variant_of_every_fold():
     variants = [Variant("GQ, 2 bits"), Variant("GQ, 1 bit")]
-    study = Study("Which?", "tones", RECIPES["synthetic"], variants, folds=4, measured=2)
+    study = Study("Which?", "tones", RECIPES["synthetic"], variants, folds=4, measured=(1, 3))
     cells = list(study.cells())
-    assert [cell.variant for cell in cells[:2]] == [FLOAT, FLOAT]
-    assert [(cell.variant.name, cell.fold) for cell in cells[2:]] == [
-        ("GQ, 2 bits", 0),
+    assert [cell.variant for cell in cells[:4]] == [FLOAT, FLOAT, LONGER, LONGER]
+    assert [(cell.variant.name, cell.fold) for cell in cells[4:]] == [
         ("GQ, 2 bits", 1),
-        ("GQ, 1 bit", 0),
+        ("GQ, 2 bits", 3),
         ("GQ, 1 bit", 1),
+        ("GQ, 1 bit", 3),
     ]
     assert len({cell.path for cell in cells}) == len(cells)
-    assert cells[-1].path == "fold-1/gq-1-bit"
+    assert cells[-1].path == "fold-3/gq-1-bit"
+
+
+def test_what_was_trained_is_compared_with_what_was_trained_on():
+    untrained = Variant("uniform, 2 bits", trained=False)
+    study = Study("Which?", "tones", RECIPES["synthetic"], [untrained])
+    assert study.rows == [FLOAT, untrained]
+    rows = [FLOAT, LONGER, untrained, Variant("GQ, 2 bits")]
+    assert [row.reference for row in rows] == [None, FLOAT.name, FLOAT.name, LONGER.name]
 
 
 def test_tones_have_speakers_to_divide():

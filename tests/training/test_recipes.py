@@ -1,13 +1,15 @@
 import fnmatch
+from dataclasses import replace
 
 import pytest
 import tones
 import torch
 
+from gq_triton.models import CTC, RNNT
 from gq_triton.models.rnnt import RNNT_PRESETS
 from gq_triton.speech.features import LogMel
 from gq_triton.training import recipes
-from gq_triton.training.recipes import ALLOCATIONS, RECIPES
+from gq_triton.training.recipes import ALLOCATIONS, RECIPES, recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,12 @@ def test_every_recipe_builds_a_recognizer_of_its_preset(name, spoken):
     assert recognizer.tokenizer.kind == recipe.tokenizer
     assert recognizer.model.config.encoder_hidden == RNNT_PRESETS[recipe.preset]["encoder_hidden"]
     assert recognizer.model.config.vocab_size == recognizer.tokenizer.vocab_size
+
+
+def test_a_conformer_is_a_transducer_unless_it_is_asked_for_without_a_predictor(spoken):
+    recipe = recipe_of("an4", "conformer")
+    assert isinstance(recipe.untrained(spoken, 0).model, RNNT)
+    assert isinstance(replace(recipe, sizes={"predictor_layers": 0}).untrained(spoken, 0).model, CTC)
 
 
 def test_the_seed_draws_the_weights(spoken):

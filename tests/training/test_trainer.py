@@ -119,6 +119,55 @@ def test_the_average_of_the_parameters_is_evaluated_and_returned(spoken, speech,
     assert evaluated[-1] == pytest.approx(float(average.norm()), rel=1e-5)
 
 
+def layers_of(model):
+    return [(layer.weight, layer.weight_quantizer) for layer in model.modules() if hasattr(layer, "weight_quantizer")]
+
+
+@pytest.mark.parametrize("quantization", [*RIVALS, GQ], ids=lambda config: type(config).__name__)
+def test_scales_that_follow_the_weights_follow_their_average(spoken, speech, tmp_path, quantization):
+    model = new_model(spoken, quantization)
+    run = trainer(model, speech, tmp_path, replace(CONFIG, learning_rate=3e-2))
+    deploy, raw = run._deploy, []
+
+    def follow():
+        raw.append([copy.deepcopy(quantizer) for _, quantizer in layers_of(model)])
+        deploy()
+
+    run._deploy = follow
+    run.run()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    stale = 0
+    for before, (weight, quantizer) in zip(raw[-1], layers_of(model), strict=True):
+        assert torch.equal(weight, run.average.values[names[id(weight)]])  # not even S8BQAT compresses it
+        if type(quantization) in (UniformConfig, KMeansConfig):
+            stale += not torch.equal(before.scales, quantizer.scales)
+            before.update(weight, 1)
+        for name, buffer in quantizer.named_buffers():
+            assert torch.equal(buffer, before.get_buffer(name)), name
+    assert stale or type(quantization) not in (UniformConfig, KMeansConfig)
+
+
+@pytest.mark.parametrize("quantization", [*RIVALS, GQ], ids=lambda config: type(config).__name__)
+def test_an_evaluation_leaves_no_trace_in_the_model(spoken, speech, tmp_path, quantization):
+    run = trainer(new_model(spoken, quantization), speech, tmp_path, replace(CONFIG, evaluate_every=100), evaluate=None)
+    for batches, divisor in itertools.islice(run.batches(), 3):
+        run.update(batches, divisor)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    with run._deployed():
+        scales = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.endswith("scales") for name in scales) == (type(quantization) in (UniformConfig, KMeansConfig))
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_scales_of_weights_that_are_not_averaged_stay(spoken, speech, tmp_path):
+    run = trainer(new_model(spoken, UniformConfig(2)), speech, tmp_path, replace(CONFIG, average_decay=0.0))
+    run.run()
+    tensors, _ = load_tensors(tmp_path / "checkpoint.safetensors")
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, tensors[f"objective.model.{name}"]), name
+
+
 def test_a_curriculum_begins_with_the_shortest(spoken, speech, tmp_path):
     config = TrainConfig(epochs=2, batch_size=3, curriculum_epochs=1)
     run = trainer(new_model(spoken), speech, tmp_path, config)
