@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from studies import complete
+
 from gq_triton.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +85,8 @@ def table(path: Path) -> str:
         "packed_linear": packed_linear_table,
         "cpu_kernels": cpu_kernels_table,
         "streaming": streaming_table,
+        "accuracy_an4-rnnt": accuracy_table,
+        "accuracy_an4-conformer": accuracy_table,
     }
     return tables.get(path.stem, recognition_table)(json.loads(path.read_text()))
 
@@ -105,6 +109,44 @@ def recognition_table(record: dict) -> str:
         f"{record['date']}."
     )
     return "\n".join([*lines, "", about, ""])
+
+
+def accuracy_table(record: dict) -> str:
+    """Of benchmarks/accuracy.py: the rows of which all folds were run."""
+    lines = [
+        "| weights | times smaller | WER, speakers held out | points more than float | verdict | WER, test set |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in complete(record["lines"], len(record["measured"])):
+        cells = [
+            line["variant"],
+            f"{line['ratio']:.1f}",
+            _percent(line["wer"], line["interval"]),
+            _points(line["difference"]),
+            _within(line),
+            f"{100 * line['test_wer']:.1f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = (
+        f"Folds {', '.join(map(str, record['measured']))} of the training speakers, together; 95 % bootstrap intervals "
+        "over speakers. Points, with 90 % intervals: in pairs, trained rows against the float row trained on as long, "
+        "others against the first; equivalent where both ends are within a point, no worse where the upper one is. "
+        f"Test set: mean of the folds' recognizers. {_where(record)}."
+    )
+    return "\n".join([*lines, "", about, ""])
+
+
+def _points(difference: dict | None) -> str:
+    if difference is None:
+        return ""
+    low, high = (100 * end for end in difference["tested"])
+    return f"{100 * difference['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _within(line: dict) -> str:
+    if line["difference"] is None:
+        return ""
+    return "equivalent" if line["equivalent"] else "no worse" if line["no_worse"] else "not shown"
 
 
 def quantizer_table(record: dict) -> str:
