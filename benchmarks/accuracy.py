@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py an4-rnnt --root data/an4 --found    # the record of what was run so far
 
 Runs `gq-triton reproduce` and keeps what it found as benchmarks/results/<device>/accuracy_<study>.json, from which
-plots/accuracy.py draws its figure (plots/ablation.py that of an4-ablation), and every run, with its configuration and the
-errors of each speaker, as a line of the .jsonl file beside it.
+plots/accuracy.py draws its figure (plots/ablation.py that of an4-ablation), and every run, with its configuration and
+the errors of each speaker, as a line of the .jsonl file beside it.
 """
 
 from __future__ import annotations

@@ -107,6 +107,7 @@ def test_a_wheel_has_the_library(tree, quick_compiler, tmp_path):
     assert tag[:2] == ["py3", "none"] and tag[2] != "any", wheel.name
     installed = unpack(wheel, tmp_path / "installed")
     assert not list(installed.glob("**/*.cpp")), "sources belong to the source distribution"
+    assert list(installed.glob("gq_triton/pretrained/*.safetensors"))
     run = run_python(LAYER, installed)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "('portable',)\nNone\n"

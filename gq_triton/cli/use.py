@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import gq_triton as gq
 from gq_triton.files import write_atomically
+from gq_triton.pretrained import AN4
 from gq_triton.speech.recognizer import Recognizer
 from gq_triton.speech.streaming import Endpointing, StreamingRecognizer
 from gq_triton.training.data import SpeechSet
@@ -132,7 +133,12 @@ def convert(
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="recognizer: a file or a run's folder")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    default=AN4,
+    help="recognizer: a file or a run's folder  [default: one for letters and numbers, which comes with gq-triton]",
+)
 @BEAM
 @click.option("--stream", is_flag=True, help="decode in chunks and print texts as they grow; with --json, a line each")
 @click.option("--microphone", is_flag=True, help="stream what the microphone hears, until Ctrl-C, in place of FILES")
